@@ -1,0 +1,151 @@
+# On a fresh machine (nothing but Python and a compiler) `make demo` and `make test` make .venv,
+# install torch and this package there, and run. Variables, on the command line or exported:
+#   TORCH=torch==2.13.0   the torch to install in .venv (default: the newest)
+#   VENV=.venv            where
+#   PYTHON=/path/python   instead of all that: an environment that has torch, setuptools and what
+#                         the command itself needs; used as it is, without network
+#   PYTEST_ARGS=...       more for pytest
+# and what setup.py reads: LSOFTMAX_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, LSOFTMAX_WERROR.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
+TORCH ?= torch
+VENV ?= .venv
+PYTHON ?=
+PYTEST_ARGS ?=
+
+# nvcc on PATH may be a wrapper without a toolkit around it: prefer the usual place.
+ifeq ($(CUDA_HOME)$(CUDA_PATH),)
+ifneq ($(wildcard /usr/local/cuda/bin/nvcc),)
+export CUDA_HOME := /usr/local/cuda
+endif
+endif
+
+# What was done in an environment is remembered by empty files: in .venv itself, so that they go
+# when it goes; for somebody else's environment in build/.
+ifeq ($(PYTHON),)
+PY := $(abspath $(VENV))/bin/python
+STATE := $(VENV)/state
+else
+PY := $(abspath $(shell command -v '$(PYTHON)'))
+STATE := build/state$(subst /,-,$(PY))
+$(if $(PY),,$(error PYTHON=$(PYTHON) is not there))
+endif
+PIP := $(PY) -m pip --disable-pip-version-check
+
+SOURCES := $(wildcard csrc/* lsoftmax/*.py lsoftmax/py.typed) setup.py pyproject.toml MANIFEST.in
+SETTINGS := $(LSOFTMAX_CUDA)/$(LSOFTMAX_WERROR)/$(TORCH_CUDA_ARCH_LIST)/$(CUDA_HOME)$(CUDA_PATH)
+PYTHON_FILES := $(wildcard lsoftmax tests examples benchmarks) setup.py
+C_DIRS := csrc tests tests/emulation
+C_FILES := $(wildcard $(foreach dir,$(C_DIRS),$(dir)/*.cu $(dir)/*.cuh $(dir)/*.cpp $(dir)/*.h))
+
+.PHONY: help demo test test-install lint format gpu-check install clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo          train on the handwritten digits with softmax and L-Softmax; saves a picture'
+	@echo 'make test          all tests, then all of them again on the emulated CUDA kernels'
+	@echo 'make test-install  build and install in every supported way (minutes; network)'
+	@echo 'make gpu-check     on a machine with a GPU: kernels, tests and compute-sanitizer'
+	@echo 'make lint          ruff, clang-format and mypy, checking only'
+	@echo 'make format        ruff and clang-format, rewriting'
+	@echo 'make install       what all of these begin with'
+	@echo 'make clean         remove what builds left (not $(VENV))'
+	@echo 'Variables: see the top of the Makefile.'
+
+# ---- the environment ----------------------------------------------------------------------------
+
+# A file that holds a setting, and is touched only when the setting changes.
+define remember
+@mkdir -p $(@D); echo '$(1)' | cmp -s - $@ || echo '$(1)' > $@
+endef
+
+ifeq ($(PYTHON),)
+$(STATE)/venv:
+	python3 -m venv $(VENV)
+	@mkdir -p $(@D); touch $@
+
+$(STATE)/torch-wanted: $(STATE)/venv FORCE
+	$(call remember,$(TORCH))
+
+# Torch before the package, which is built for the torch it finds.
+$(STATE)/torch: $(STATE)/torch-wanted
+	$(PIP) install '$(TORCH)'
+	@touch $@
+
+INSTALL := $(PIP) install '.[test,examples]'
+else
+$(STATE)/torch:
+	$(PY) -c 'import torch, setuptools'
+	@mkdir -p $(@D); touch $@
+
+INSTALL := $(PIP) install --no-build-isolation --no-deps --force-reinstall .
+endif
+
+$(STATE)/settings: $(STATE)/torch FORCE
+	$(call remember,$(SETTINGS))
+
+# As users install it, not editable: what is tested is what they get.
+$(STATE)/package: $(STATE)/torch $(STATE)/settings $(SOURCES)
+	$(INSTALL)
+	@cd tests && $(PY) -m lsoftmax
+	@touch $@
+
+install: $(STATE)/package
+
+# ---- what to run --------------------------------------------------------------------------------
+
+demo: $(STATE)/package
+	$(PY) examples/digits.py
+
+# `python -m` puts the working directory first on sys.path. In the root that would make ./lsoftmax,
+# which holds no kernels, hide the installed package: so tests run from tests/.
+test: $(STATE)/package
+	cd tests && $(PY) -m pytest $(PYTEST_ARGS)
+	cd tests && $(PY) -m pytest --backend emulation $(PYTEST_ARGS)
+
+test-install: $(STATE)/package
+	cd tests && $(PY) -m pytest -m install test_install.py $(PYTEST_ARGS)
+
+gpu-check: export LSOFTMAX_CUDA := 1
+gpu-check: $(STATE)/package
+	@mkdir -p build
+	@$(GPU_CHECK) 2>&1 | tee build/gpu-check.log
+
+# All steps run, whatever the first ones find: time on a GPU is scarce. Without torch's caching of
+# memory, memcheck sees where each tensor ends.
+SANITIZER := $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer) compute-sanitizer)
+define GPU_CHECK
+{ cd tests; failed=; \
+  step() { echo; echo "== $$*"; "$$@" || failed="$$failed\n  $$*"; }; \
+  step nvidia-smi; \
+  step $(PY) -m lsoftmax; \
+  step $(PY) -m pytest --backend cuda $(PYTEST_ARGS); \
+  for tool in memcheck racecheck; do \
+    step env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+      $(PY) -m pytest --backend cuda -k sanitizer_smoke; \
+  done; \
+  echo; if [ -n "$$failed" ]; then printf "FAILED:$$failed\n"; exit 1; fi; echo "All passed."; }
+endef
+
+# ---- looks --------------------------------------------------------------------------------------
+
+$(STATE)/lint: $(STATE)/package
+	$(if $(PYTHON),,$(PIP) install 'lsoftmax[lint]')
+	@touch $@
+
+lint: $(STATE)/lint
+	$(PY) -m ruff check $(PYTHON_FILES)
+	$(PY) -m ruff format --check $(PYTHON_FILES)
+	$(dir $(PY))clang-format --dry-run -Werror $(C_FILES)
+	$(PY) -m mypy
+
+format: $(STATE)/lint
+	$(PY) -m ruff check --fix $(PYTHON_FILES)
+	$(PY) -m ruff format $(PYTHON_FILES)
+	$(dir $(PY))clang-format -i $(C_FILES)
+
+clean:
+	rm -rf build dist *.egg-info lsoftmax/_C.* lsoftmax/_build_info.json
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,21 @@
+// The only file that knows Python: registers the kernels as the ops' CUDA implementation, and says
+// what they were built with. The schemas are registered by lsoftmax/ops.py.
+
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "engine.h"
+
+#ifndef LSOFTMAX_DISPATCH_KEY  // the kernels' emulation registers for CPU tensors
+#define LSOFTMAX_DISPATCH_KEY CUDA
+#endif
+
+TORCH_LIBRARY_IMPL(lsoftmax, LSOFTMAX_DISPATCH_KEY, m) {
+  m.impl("loss_fwd", &lsoftmax::loss_fwd);
+  m.impl("loss_bwd", &lsoftmax::loss_bwd);
+  m.impl("linear_fwd", &lsoftmax::linear_fwd);
+  m.impl("linear_bwd", &lsoftmax::linear_bwd);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.attr("torch_version") = TORCH_VERSION; }

@@ -1,0 +1,101 @@
+// What the kernels share: launches, 16-byte packs, reductions over a warp and a block.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "shared.cuh"
+
+namespace lsoftmax {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 512;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+// One block a row; enough threads that each has a few 16-byte packs to load at a time.
+inline int threads_for(int64_t elements) {
+  int threads = kWarp;
+  while (threads < kMaxThreads && threads * 8 < elements) threads *= 2;
+  return threads;
+}
+
+// cudaLaunchKernelEx rather than <<<>>>: the same launch compiles as host C++.
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t stream,
+                   const Params& params) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// V elements that travel in one load or store. V = 1 serves ragged ends and misaligned rows.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Pack {
+  T values[V];
+};
+
+template <int V, typename T>
+__device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+// Elements of a row before its first 16-byte boundary, at most `count`.
+template <typename T>
+__device__ __forceinline__ int64_t misaligned_head(const T* row, int64_t count) {
+  const auto past = reinterpret_cast<uintptr_t>(row) % 16;
+  const auto head = static_cast<int64_t>((16 - past) % 16 / sizeof(T));
+  return head < count ? head : count;
+}
+
+// Shuffles of any small struct, one 32-bit word at a time.
+template <typename V>
+__device__ __forceinline__ V shuffle_xor(V value, int lane_mask) {
+  static_assert(sizeof(V) % 4 == 0, "shuffles move whole words");
+  unsigned words[sizeof(V) / 4];
+  memcpy(words, &value, sizeof(V));
+#pragma unroll
+  for (unsigned k = 0; k < sizeof(V) / 4; ++k) {
+    words[k] = __shfl_xor_sync(kFullMask, words[k], lane_mask);
+  }
+  memcpy(&value, words, sizeof(V));
+  return value;
+}
+
+// The reduction of every thread's value, the same bits in every thread and in every run. `op` must
+// be commutative; blocks are whole warps.
+template <typename V, typename Op>
+__device__ V block_reduce(V value, Op op) {
+  __shared__ SharedArray<V, kMaxThreads / kWarp> partial;
+#pragma unroll
+  for (int lane_mask = kWarp / 2; lane_mask > 0; lane_mask /= 2) {
+    value = op(value, shuffle_xor(value, lane_mask));
+  }
+  __syncthreads();  // an earlier reduction's values may still be being read
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = partial[0];
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+    const V other = partial[warp];
+    value = op(value, other);
+  }
+  return value;
+}
+
+// Thread 0's value, in every thread.
+template <typename V>
+__device__ V block_broadcast(const V& value) {
+  __shared__ SharedArray<V, 1> slot;
+  __syncthreads();  // as above
+  if (threadIdx.x == 0) slot[0] = value;
+  __syncthreads();
+  return slot[0];
+}
+
+}  // namespace lsoftmax

@@ -1,0 +1,35 @@
+// The ops' host side, as bindings.cpp registers it. Schemas and meanings: lsoftmax/ops.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace lsoftmax {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_fwd(
+    const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+    int64_t margin, const at::Tensor& lam, const std::optional<at::Tensor>& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool save);
+
+std::tuple<at::Tensor, at::Tensor> loss_bwd(const at::Tensor& grad, const at::Tensor& input,
+                                            const at::Tensor& linear_weight,
+                                            const at::Tensor& target, const at::Tensor& e,
+                                            const at::Tensor& rows, const at::Tensor& divisor,
+                                            int64_t ignore_index, double label_smoothing,
+                                            bool need_input, bool need_weight);
+
+std::tuple<at::Tensor, at::Tensor> linear_fwd(const at::Tensor& input,
+                                              const at::Tensor& linear_weight,
+                                              const at::Tensor& target, int64_t margin,
+                                              const at::Tensor& lam);
+
+std::tuple<at::Tensor, at::Tensor> linear_bwd(const at::Tensor& grad, const at::Tensor& input,
+                                              const at::Tensor& linear_weight,
+                                              const at::Tensor& target,
+                                              const at::Tensor& coefficients, bool need_input,
+                                              bool need_weight);
+
+}  // namespace lsoftmax

@@ -1,0 +1,79 @@
+// The host side of the logits op.
+
+#include "engine.h"
+#include "host.h"
+
+namespace lsoftmax {
+
+std::tuple<Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& linear_weight,
+                                      const Tensor& target, int64_t margin, const Tensor& lam) {
+  check_matrices(input, linear_weight, target);
+  check_margin(margin, lam, input);
+  const Scope scope(input);
+  const Tensor x = input.contiguous(), w = linear_weight.contiguous(), y = target.contiguous();
+  Tensor logits = at::linear(x, w);
+  Tensor coefficients = at::empty({3, x.size(0)}, x.options().dtype(accumulate_type(x)));
+  if (x.size(0) == 0) return {logits, coefficients};
+  for_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    using A = typename Storage<T>::Acc;
+    MarginLogits<T> params{};
+    params.x = pointer<T>(x);
+    params.w = pointer<T>(w);
+    params.target = pointer<int64_t>(y);
+    params.lam = pointer<float>(lam);
+    params.logits = logits.mutable_data_ptr<T>();
+    params.coefficients = coefficients.mutable_data_ptr<A>();
+    params.n = x.size(0);
+    params.d = x.size(1);
+    params.c = w.size(0);
+    params.margin = static_cast<int>(margin);
+    C10_CUDA_CHECK(launch_margin_logits(params, scope.stream));
+  });
+  return {logits, coefficients};
+}
+
+std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input,
+                                      const Tensor& linear_weight, const Tensor& target,
+                                      const Tensor& coefficients, bool need_input,
+                                      bool need_weight) {
+  check_matrices(input, linear_weight, target);
+  const int64_t n = input.size(0), c = linear_weight.size(0);
+  CHECK_SHAPE(grad, {n, c});
+  CHECK_LIKE(grad, input, input.scalar_type());
+  CHECK_SHAPE(coefficients, {3, n});
+  const Scope scope(input);
+  Tensor dx, dw;
+  const Tensor none = at::empty({0}, input.options());
+  if (n == 0) {
+    return {need_input ? at::empty_like(input) : none,
+            need_weight ? at::zeros_like(linear_weight) : none};
+  }
+  const Tensor x = input.contiguous(), w = linear_weight.contiguous(), y = target.contiguous();
+  const Tensor g = grad.clone(at::MemoryFormat::Contiguous);  // the caller's gradient stays his
+  const Tensor shares = at::empty({2, n}, coefficients.options());
+  for_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    using A = typename Storage<T>::Acc;
+    MarginLogitsBackward<T> params{};
+    params.target = pointer<int64_t>(y);
+    params.coefficients = pointer<A>(coefficients);
+    params.grad = g.mutable_data_ptr<T>();
+    params.shares = shares.mutable_data_ptr<A>();
+    params.n = n;
+    params.c = c;
+    C10_CUDA_CHECK(launch_margin_logits_backward(params, scope.stream));
+  });
+  Tensor product;
+  if (need_input) {
+    product = at::empty(x.sizes(), coefficients.options());
+    matmul(product, g, w);
+    dx = x.scalar_type() == product.scalar_type() ? product : at::empty_like(x);
+  }
+  if (need_weight) dw = at::mm(g.t(), x);
+  finish_gradients(x, w, y, Tensor(), shares[0], shares[1], Tensor(), product, dx, dw,
+                   scope.stream);
+  return {need_input ? dx : none, need_weight ? dw : none};
+}
+
+}  // namespace lsoftmax

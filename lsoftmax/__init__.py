@@ -1,0 +1,20 @@
+"""Large-Margin Softmax (Liu, Wen, Yu, Yang, ICML 2016) for PyTorch, with CUDA kernels."""
+
+from . import _extension, functional, reference
+from . import ops as ops
+from ._extension import cuda_available
+from .modules import LSoftmaxLinear, LSoftmaxLoss
+from .schedule import LambdaSchedule
+
+__version__ = "0.1.0"
+__all__ = [
+    "LSoftmaxLinear",
+    "LSoftmaxLoss",
+    "LambdaSchedule",
+    "cuda_available",
+    "functional",
+    "reference",
+]
+
+# After ops, which registers the ops that the kernels implement.
+_extension.load()

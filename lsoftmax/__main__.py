@@ -1,0 +1,130 @@
+"""`python -m lsoftmax`: what is installed, built and visible, and what to do about each fault."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+import lsoftmax
+
+from . import _extension
+
+REBUILD = "LSOFTMAX_CUDA=1 pip install --force-reinstall --no-deps . (in lsoftmax's source tree)"
+
+
+def output_of(*command: str) -> str:
+    """What a program prints; empty where it is not there or fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout.strip()
+
+
+def find_nvcc() -> tuple[str, str]:
+    """The nvcc that a build would use, as (path, CUDA release); two empty strings without one."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    match = re.search(r"release (\d+\.\d+)", output_of(path, "--version"))
+    return (path, match[1]) if match else ("", "")
+
+
+def covers(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for `archs` ("8.0;9.0+PTX") run on a GPU of this compute capability.
+
+    Machine code runs on later minors of its own major. PTX is compiled on the spot for any newer
+    GPU. An arch with a letter ("9.0a") runs on that one alone.
+    """
+    for major, minor, letter, ptx in re.findall(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", archs):
+        arch = (int(major), int(minor))
+        same = arch == capability if letter else arch[0] == capability[0] and arch <= capability
+        if same or (ptx and not letter and arch <= capability):
+            return True
+    return False
+
+
+def registrations() -> list[str]:
+    """The ops of this package, each with whether it has a CUDA implementation."""
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("lsoftmax::")]
+    on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [f"{n}: {'CUDA' if on_cuda(n, 'CUDA') else 'PyTorch only'}" for n in sorted(names)]
+
+
+def advice(status: _extension.Status, driver: str, nvcc: str) -> list[str]:
+    """What to do about each fault there is, the one to mend first coming first."""
+    cuda = torch.version.cuda
+    if not cuda:
+        if driver:
+            return [
+                "This torch is a CPU build on a machine with a GPU: install a CUDA build of torch."
+            ]
+        return []
+    if status.built and not status.loaded:
+        return [status.reason]
+    todo = []
+    if not status.built:
+        wanted = cuda.split(".")[0]
+        todo.append(f"{status.reason} CUDA tensors run in plain PyTorch.")
+        if not nvcc:
+            todo.append(f"Install the CUDA {wanted} toolkit, or set CUDA_HOME to where it is.")
+        elif nvcc.split(".")[0] != wanted:
+            todo.append(
+                f"nvcc is of CUDA {nvcc}, torch of CUDA {cuda}: set CUDA_HOME to a CUDA {wanted} "
+                "toolkit."
+            )
+        todo.append(f"Then {REBUILD}.")
+    if not torch.cuda.is_available():
+        why = "see nvidia-smi and CUDA_VISIBLE_DEVICES" if driver else "there is no NVIDIA driver"
+        todo.append(f"torch sees no GPU ({why}).")
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if status.loaded and not covers(status.archs, (major, minor)):
+            todo.append(
+                f"GPU {i} is of compute capability {major}.{minor}, the kernels are for "
+                f"{status.archs}: TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}."
+            )
+    return todo
+
+
+def main() -> None:
+    """Prints the report."""
+    status = _extension.status()
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    nvcc_path, nvcc = find_nvcc()
+    if status.built:
+        kernels = "loaded" if status.loaded else "built, not loaded"
+    else:
+        kernels = "not built"
+    lines = [
+        ("lsoftmax", f"{lsoftmax.__version__} in {Path(__file__).parent}"),
+        ("Python", platform.python_version()),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or '-'}"),
+        ("nvcc", f"CUDA {nvcc}, {nvcc_path}" if nvcc else "not found"),
+        ("driver", driver.partition("\n")[0] or "not found"),
+    ]
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        lines.append((f"GPU {i}", f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}"))
+    lines.append(("kernels", kernels))
+    if status.torch_built:
+        lines += [
+            ("built for", f"torch {status.torch_built}, compute capability {status.archs}"),
+            ("built by", f"nvcc {status.nvcc_built}, {status.cxx_built}"),
+        ]
+    lines += [("op", line) for line in registrations()]
+    for name, value in lines:
+        print(f"{name:<10} {value}")
+    todo = advice(status, driver, nvcc)
+    print("\nTo do:" if todo else "\nNothing to do.")
+    for item in todo:
+        print(f"  - {item}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The ops in plain torch, for every machine: the E form of the loss, and the margin logits.
+
+The forward pass turns the logits in place into what backward needs, so that backward is two matrix
+products. Per row i, with f the margin logit of the target y and z the logits of the others:
+
+    r  >= max(f, max z)             the row's reference: keeps every exponential in range
+    E_j = exp(z_j - r)              j != y
+    So = sum of E_j                 L = log So + r          S = So + exp(f - r)
+    loss = softplus(L - f)          p_y - 1 = t = -sigmoid(L - f)        exact as p_y -> 1
+    E_y = t S alpha = -So alpha     so that  diag(v) E W  holds the target's part too, v = g / S
+
+and the norms' share of the margin (beta, gamma of ``margin_terms``) is one multiple of x_i and one
+of w_y a row. Class weights and label smoothing change three numbers a row: with q the smoothed
+target distribution, dz_j = g (A p_j - q_j), where A = sum of q (``_row_terms``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .margin import margin_terms
+
+NONE, MEAN, SUM = range(3)  # reductions, numbered as in ATen
+
+# The row pass goes over the logits in blocks of this many, which stay in a core's cache between its
+# steps: one read and one write of memory instead of six.
+_BLOCK_LOGITS = 1 << 17
+
+
+def accumulate_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of logits, row statistics and losses for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def e_storage(
+    input: Tensor, num_classes: int, label_smoothing: float
+) -> tuple[list[int], torch.dtype]:
+    """Shape and type of E, the one N x C array that is kept for backward.
+
+    bfloat16 input keeps E in bfloat16 (relative precision is all E needs), its rows padded to 16
+    bytes, as matrix units want them. float16 has not the range of an exponential: E is float32.
+    With label smoothing one more row holds the class weights: the constant part of the smoothed
+    gradient has rank one, and as a row of E it costs no pass of its own.
+    """
+    rows = input.shape[0] + (1 if label_smoothing > 0 else 0)
+    if input.dtype == torch.bfloat16:
+        return [rows, (num_classes + 7) // 8 * 8], torch.bfloat16
+    return [rows, num_classes], accumulate_type(input.dtype)
+
+
+def _valid_targets(
+    target: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Targets with 0 in the ignored places, and which ones are kept (None: all).
+
+    Raises IndexError, as F.cross_entropy does, for a target outside [0, C) on a CPU; on a GPU
+    looking would stop the device, and the lookups that follow assert on the device instead.
+    """
+    if target.device.type == "cpu" and target.numel() > 0:
+        low, high = (int(bound) for bound in target.aminmax())
+        if low >= 0 and high < num_classes and not low <= ignore_index <= high:
+            return target, None
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)
+    if target.device.type == "cpu":
+        outside = (index < 0) | (index >= num_classes)
+        if bool(outside.any()):
+            raise IndexError(
+                f"target {int(target[outside][0])} is out of bounds: expected 0 <= target < "
+                f"{num_classes} or ignore_index={ignore_index}"
+            )
+    return index, kept
+
+
+def loss_fwd(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    margin: int,
+    lam: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss; for backward (where ``save``) E and three numbers a row; the mean's divisor."""
+    n, num_classes = input.shape[0], linear_weight.shape[0]
+    dtype = accumulate_type(input.dtype)
+    index, kept = _valid_targets(target, num_classes, ignore_index)
+    f, alpha, beta, gamma = margin_terms(input, linear_weight, index, margin, lam)
+
+    e_shape, e_dtype = e_storage(input, num_classes, label_smoothing if save else 0.0)
+    in_place = e_dtype == dtype
+    z_all = input.new_empty(e_shape if in_place else [n, num_classes], dtype=dtype)
+    z = z_all[:n]
+    torch.mm(input.to(dtype), linear_weight.to(dtype).t(), out=z)
+    column = index.unsqueeze(1)
+    z_sum = None
+    if label_smoothing > 0:
+        z.scatter_(1, column, 0.0)
+        z_sum = (z.sum(1) if weight is None else torch.mv(z, weight)).double()
+    z.scatter_(1, column, -math.inf)
+    r, e_sum = _exponentials(z, f.to(dtype))
+    e = z
+    margin_gap = e_sum.log() + r - f  # L - f
+    softplus = torch.logaddexp(margin_gap, margin_gap.new_zeros(()))
+    s = (f - r).exp_().add_(e_sum)
+    t = -torch.sigmoid(margin_gap)
+    row_loss, target_gradient, a_total, constant = _row_terms(
+        f, softplus, t, z_sum, index, weight, num_classes, label_smoothing
+    )
+    if kept is not None:
+        row_loss = torch.where(kept, row_loss, 0.0)
+    loss, divisor = _reduce(row_loss, index, kept, weight, reduction, dtype)
+    if not save:
+        return loss, input.new_empty(0, dtype=e_dtype), input.new_empty(0, dtype=dtype), divisor
+
+    e_y = -e_sum * alpha
+    if a_total is not None:
+        # In units of v = g A / S: alpha (A t + rest), and the constant part of column y taken back.
+        e_y = (target_gradient * alpha + constant) * s / torch.where(a_total == 0, 1.0, a_total)
+    e.scatter_(1, column, e_y.to(dtype).unsqueeze(1))
+    scale = s.reciprocal() if a_total is None else a_total / s
+    rows = torch.stack((scale, target_gradient * beta, target_gradient * gamma))
+    if kept is not None:
+        rows = torch.where(kept, rows, 0.0)
+        e.masked_fill_(~kept.unsqueeze(1), 0.0)  # what is ignored may be NaN: 0 * NaN is not 0
+    if not in_place:
+        z_all = input.new_zeros(e_shape, dtype=e_dtype)
+        z_all[:n, :num_classes] = e
+    if label_smoothing > 0:
+        z_all[n, :num_classes] = 1.0 if weight is None else weight
+    return loss, z_all, rows.to(dtype), divisor
+
+
+def _exponentials(z: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """z <- exp(z - r), in place; r = max(f, max z) and the sums of the rows, (N,) float64."""
+    block = max(1, _BLOCK_LOGITS // z.shape[1])
+    references, sums = [], []
+    for z_rows, f_rows in zip(z.split(block), f.split(block), strict=True):
+        r = torch.maximum(z_rows.amax(1), f_rows)
+        references.append(r)
+        sums.append(z_rows.sub_(r.unsqueeze(1)).exp_().sum(1))
+    return torch.cat(references).double(), torch.cat(sums).double()
+
+
+def _row_terms(
+    f: Tensor,
+    softplus: Tensor,
+    t: Tensor,
+    z_sum: Tensor | None,
+    index: Tensor,
+    weight: Tensor | None,
+    num_classes: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
+    """Per row: the loss; dz_y / g = A p_y - q_y; A (None for 1); the constant part of column y.
+
+    q_j = (1 - eps) w_y [j = y] + eps / C w_j, so A = (1 - eps) w_y + eps / C sum of w, and with
+    p_y = 1 + t the gradient A p_y - q_y = A t + eps / C (sum of w - w_y) has no cancellation.
+    """
+    if weight is None and label_smoothing == 0:
+        return softplus, t, None, 0.0
+    w_y = torch.ones_like(f) if weight is None else weight.index_select(0, index).double()
+    if label_smoothing == 0:
+        return w_y * softplus, w_y * t, w_y, 0.0
+    assert z_sum is not None
+    share = label_smoothing / num_classes
+    w_sum = float(num_classes) if weight is None else weight.double().sum()
+    a_total = (1 - label_smoothing) * w_y + share * w_sum
+    uniform = w_sum * (f + softplus) - z_sum - w_y * f
+    row_loss = (1 - label_smoothing) * w_y * softplus + share * uniform
+    return row_loss, a_total * t + share * (w_sum - w_y), a_total, share * w_y
+
+
+def _reduce(
+    row_loss: Tensor,
+    index: Tensor,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    reduction: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The loss and what divided it: the sum of the kept targets' weights for a mean, else 1."""
+    if reduction == NONE:
+        return row_loss.to(dtype), row_loss.new_ones((), dtype=dtype)
+    if reduction == SUM:
+        return row_loss.sum().to(dtype), row_loss.new_ones((), dtype=dtype)
+    if weight is None:
+        count = index.shape[0] if kept is None else kept.sum()
+        divisor = torch.as_tensor(count, dtype=torch.float64, device=row_loss.device)
+    else:
+        w_y = weight.index_select(0, index).double()
+        divisor = (w_y if kept is None else torch.where(kept, w_y, 0.0)).sum()
+    return (row_loss.sum() / divisor).to(dtype), divisor.to(dtype)
+
+
+def loss_bwd(
+    grad: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    e: Tensor,
+    rows: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``input`` and ``linear_weight``; an empty tensor for one that is not needed."""
+    n, num_classes = input.shape[0], linear_weight.shape[0]
+    dtype = rows.dtype
+    x, w = input.to(dtype), linear_weight.to(dtype)
+    g = torch.where(target == ignore_index, 0.0, grad / divisor)
+    scale, input_share, weight_share = g * rows
+    e_rows = e[:n, :num_classes].to(dtype)
+    scale_e = num_classes < input.shape[1]  # scale the smaller factor: E, or X
+    if scale_e:
+        e_rows = e_rows * scale.unsqueeze(1)
+    constant = None
+    if label_smoothing > 0:
+        constant = e[n, :num_classes].to(dtype), g * (-label_smoothing / num_classes)
+
+    grad_input = grad_weight = input.new_empty(0)
+    if need_input:
+        dx = torch.mm(e_rows, w)
+        if not scale_e:
+            dx.mul_(scale.unsqueeze(1))
+        if constant is not None:
+            dx.addr_(constant[1], torch.mv(w.t(), constant[0]))
+        grad_input = dx.addcmul_(x, input_share.unsqueeze(1)).to(input.dtype)
+    if need_weight:
+        dw = torch.mm(e_rows.t(), x if scale_e else x * scale.unsqueeze(1))
+        if constant is not None:
+            dw.addr_(constant[0], torch.mv(x.t(), constant[1]))
+        grad_weight = add_own_rows(dw, w, target, weight_share).to(linear_weight.dtype)
+    return grad_input, grad_weight
+
+
+def add_own_rows(dw: Tensor, w: Tensor, target: Tensor, share: Tensor) -> Tensor:
+    """dw += diag(h) w, h_c = sum of share_i over {i: y_i = c}; touches the targets' rows only."""
+    num_classes = w.shape[0]
+    index = target.clamp(0, num_classes - 1)  # an ignored target has share 0
+    h = share.new_zeros(num_classes).index_add_(0, index, share)
+    if num_classes <= target.shape[0]:
+        return dw.addcmul_(w, h.unsqueeze(1))
+    # Repeated classes get equal rows, so which one is written does not matter.
+    classes = index.unique()
+    dw[classes] += w[classes] * h[classes].unsqueeze(1)
+    return dw
+
+
+def linear_fwd(
+    input: Tensor, linear_weight: Tensor, target: Tensor, margin: int, lam: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Margin logits (N, C), and alpha, beta, gamma of each row for backward, (3, N)."""
+    index, _ = _valid_targets(target, linear_weight.shape[0], ignore_index=-1 - 2**62)
+    logits = torch.nn.functional.linear(input, linear_weight)
+    f, *coefficients = margin_terms(input, linear_weight, index, margin, lam)
+    logits.scatter_(1, index.unsqueeze(1), f.to(logits.dtype).unsqueeze(1))
+    return logits, torch.stack(coefficients).to(accumulate_type(input.dtype))
+
+
+def linear_bwd(
+    grad: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    coefficients: Tensor,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``input`` and ``linear_weight``; an empty tensor for one that is not needed."""
+    dtype = coefficients.dtype
+    x, w = input.to(dtype), linear_weight.to(dtype)
+    alpha, beta, gamma = coefficients
+    column = target.unsqueeze(1)
+    g = grad.to(dtype, copy=True)
+    g_y = g.gather(1, column).squeeze(1)
+    g.scatter_(1, column, (g_y * alpha).unsqueeze(1))
+
+    grad_input = grad_weight = input.new_empty(0)
+    if need_input:
+        dx = torch.mm(g, w).addcmul_(x, (g_y * beta).unsqueeze(1))
+        grad_input = dx.to(input.dtype)
+    if need_weight:
+        dw = add_own_rows(torch.mm(g.t(), x), w, target, g_y * gamma)
+        grad_weight = dw.to(linear_weight.dtype)
+    return grad_input, grad_weight

@@ -1,0 +1,214 @@
+"""Builds lsoftmax, with the CUDA kernels (`lsoftmax._C`) where they can be built.
+
+LSOFTMAX_CUDA         unset: kernels if torch is a CUDA build and nvcc is found, else pure Python
+                      1: kernels, or an error that names what is missing; 0: pure Python
+CUDA_HOME             the CUDA toolkit (default: nvcc's own, else /usr/local/cuda)
+TORCH_CUDA_ARCH_LIST  as for any torch extension (default: the GPUs here, or else DEFAULT_ARCHS)
+MAX_JOBS              files compiled at once
+LSOFTMAX_WERROR       1: warnings in our own code are errors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+MIN_ARCH = (8, 0)
+DEFAULT_ARCHS = {(8, 0), (9, 0), (10, 0), (12, 0)}
+
+
+class NoKernelsError(Exception):
+    """Why the kernels cannot be built, as half a sentence for whoever is installing."""
+
+
+def say(line: str) -> None:
+    """Prints a line that is seen: pip keeps a build's output to itself, a terminal does not."""
+    print(line, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(f"\n{line}\n")
+
+
+def import_torch() -> Any:
+    """The torch of the environment that pip was called from.
+
+    An isolated build takes site-packages off sys.path, but runs the same Python: site still names
+    it. It goes to the end of sys.path, so that the build's own setuptools stays first.
+    """
+    if importlib.util.find_spec("torch") is None:
+        for directory in [*site.getsitepackages(), site.getusersitepackages()]:
+            site.addsitedir(directory)
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        raise NoKernelsError(
+            f"the build cannot import torch ({error}): install torch first; if it is installed, "
+            "add --no-build-isolation"
+        ) from None
+    return torch
+
+
+def find_cuda_home() -> Path:
+    """The CUDA toolkit to build with. A CUDA_HOME that was named is taken at its word."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc")
+    guesses = [Path(found).resolve().parents[1]] if found else []
+    for home in [Path(named)] if named else [*guesses, Path("/usr/local/cuda")]:
+        # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
+        headers = [home / "include", *home.glob("targets/*/include")]
+        has_headers = any((path / "cuda_runtime_api.h").is_file() for path in headers)
+        if (home / "bin/nvcc").is_file() and (named or has_headers):
+            return home
+    where = f"in CUDA_HOME={named}" if named else "on PATH or in /usr/local/cuda"
+    raise NoKernelsError(f"there is no nvcc {where}: install the CUDA toolkit or set CUDA_HOME")
+
+
+def ask(*command: str) -> str:
+    """What a compiler says about itself."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoKernelsError(f"{command[0]} does not run ({error})") from None
+
+
+def check_release(nvcc_version: str, home: Path, torch: Any) -> str:
+    """The CUDA release of nvcc ("13.0"). Its major must be that of torch's CUDA."""
+    match = re.search(r"release (\d+\.\d+)", nvcc_version)
+    release = match[1] if match else "unknown"
+    major = torch.version.cuda.split(".")[0]
+    if release.split(".")[0] != major:
+        raise NoKernelsError(
+            f"nvcc in {home} is of CUDA {release}, torch {torch.__version__} is of CUDA "
+            f"{torch.version.cuda}: set CUDA_HOME to a CUDA {major} toolkit"
+        )
+    return release
+
+
+def choose_archs(list_gpu_arch: str, gpus: set[tuple[int, int]]) -> str:
+    """A TORCH_CUDA_ARCH_LIST for these GPUs; for all we support where there are none.
+
+    (There torch raises IndexError.) The newest also gets PTX, which GPUs yet to come can run.
+    """
+    known = {(int(a), int(b)) for a, b in re.findall(r"compute_(\d+)(\d)\b", list_gpu_arch)}
+    usable = {arch for arch in known if arch >= MIN_ARCH}
+    archs = DEFAULT_ARCHS & usable
+    if gpus:
+        fits = [{arch for arch in usable if arch <= gpu} for gpu in gpus]
+        archs = {max(fit) for fit in fits if fit}
+    if not archs:
+        raise NoKernelsError("the kernels need compute capability 8.0, from nvcc and from the GPU")
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(archs)) + "+PTX"
+
+
+def compile_flags(torch_includes: list[str]) -> dict[str, list[str]]:
+    # Torch adds -std= and the architectures. It leaves the architectures out where a flag for nvcc
+    # has "arch" in it, be it in a path. No fast-math: the loss needs exact logarithms.
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]}
+    if os.environ.get("LSOFTMAX_WERROR") == "1":
+        flags["cxx"] += ["-Wall", "-Wextra", "-Werror"]
+        flags["cxx"] += [word for path in torch_includes for word in ("-isystem", path)]
+        flags["nvcc"] += ["-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra"]
+    return flags
+
+
+def write_build_info(directory: Path, **facts: Any) -> None:
+    """For the loader, which reads it before it imports `_C`: what was built, or why nothing was."""
+    facts["python"] = ".".join(platform.python_version_tuple()[:2])
+    (directory / "_build_info.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def with_kernels() -> dict[str, Any]:
+    """Arguments for setup() that build the kernels. Raises NoKernelsError where that cannot be."""
+    torch = import_torch()
+    if torch.version.cuda is None:
+        raise NoKernelsError(f"torch {torch.__version__} is not a CUDA build")
+    home = find_cuda_home()
+    nvcc = str(home / "bin/nvcc")
+    release = check_release(ask(nvcc, "--version"), home, torch)
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "") in ("", "native"):
+        gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        os.environ["TORCH_CUDA_ARCH_LIST"] = choose_archs(ask(nvcc, "--list-gpu-arch"), gpus)
+    os.environ["CUDA_HOME"] = str(home)  # torch reads it when cpp_extension is imported
+    from torch.utils import cpp_extension
+
+    facts = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nvcc": release,
+        "archs": os.environ["TORCH_CUDA_ARCH_LIST"],
+        "cxx": ask(*shlex.split(cpp_extension.get_cxx_compiler()), "--version").split("\n")[0],
+    }
+
+    class BuildKernels(cpp_extension.BuildExtension):  # type: ignore[misc]
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception:
+                say(
+                    "lsoftmax: compiling the CUDA kernels failed. If memory ran out: MAX_JOBS=1. "
+                    "To install without them: LSOFTMAX_CUDA=0"
+                )
+                raise
+            write_build_info(Path(self.get_ext_fullpath("lsoftmax._C")).parent, **facts)
+
+    extension = cpp_extension.CUDAExtension(
+        "lsoftmax._C",
+        sorted(glob("csrc/*.cpp", root_dir=ROOT) + glob("csrc/*.cu", root_dir=ROOT)),
+        extra_compile_args=compile_flags(cpp_extension.include_paths()),
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
+
+
+def plan() -> dict[str, Any]:
+    """Arguments for setup(): what LSOFTMAX_CUDA asks for, out of what there is."""
+    asked = os.environ.get("LSOFTMAX_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"lsoftmax: LSOFTMAX_CUDA must be unset, 0 or 1, not {asked!r}")
+    arguments: dict[str, Any] = {"cmdclass": {}}
+    missing = "LSOFTMAX_CUDA=0 asked for it" if asked == "0" else ""
+    try:
+        if not missing:
+            arguments = with_kernels()
+    except NoKernelsError as error:
+        missing = str(error)
+        if asked == "1":
+            raise SystemExit(f"lsoftmax: LSOFTMAX_CUDA=1 wants the kernels: {missing}") from None
+
+    class BuildPackage(build_py):
+        def run(self) -> None:
+            package = ROOT / "lsoftmax"
+            if not self.editable_mode:
+                # build/ remembers earlier builds: neither their kernels nor their files may ship.
+                package = Path(self.build_lib).resolve() / "lsoftmax"
+                shutil.rmtree(package, ignore_errors=True)
+            super().run()
+            if missing:
+                for stale in package.glob("_C.*"):
+                    stale.unlink()
+                say(f"lsoftmax: installing WITHOUT the CUDA kernels: {missing}")
+                write_build_info(package, missing=missing)
+
+    arguments["cmdclass"]["build_py"] = BuildPackage
+    return arguments
+
+
+if __name__ == "__main__":
+    # pip runs this file three times; the runs that only ask for metadata need no torch.
+    describing = {"egg_info", "dist_info", "sdist"} & set(sys.argv)
+    setup(**({} if describing else plan()))

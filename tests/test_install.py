@@ -1,0 +1,276 @@
+"""Builds and installs the package in every supported way. `make test-install`; needs the network.
+
+Each test gets an empty environment on top of a shared one that holds torch. The shared ones are
+made here (a CPU build of torch, and the newest torch with CUDA), unless LSOFTMAX_TEST_CPU_PYTHON
+and LSOFTMAX_TEST_CUDA_PYTHON name Pythons that have them, with setuptools and ninja.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.install
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_TORCH, CUDA_TORCH = "torch==2.13.0", "torch"
+NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+needs_nvcc = pytest.mark.skipif(not NVCC.is_file(), reason=f"no {NVCC}")
+
+
+def run(*command: object, fails: bool = False, **env: str) -> str:
+    """What a command prints, in an environment without the variables that setup.py reads."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    for name in ("LSOFTMAX_CUDA", "LSOFTMAX_WERROR", "TORCH_CUDA_ARCH_LIST"):
+        clean.pop(name, None)
+    words = [str(word) for word in command]
+    result = subprocess.run(
+        words, env=clean | env, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert (result.returncode != 0) == fails, result.stdout
+    return result.stdout
+
+
+class Environment:
+    """An empty virtual environment that also sees what is installed with `base`."""
+
+    def __init__(self, path: Path, base: Path | None):
+        run(sys.executable, "-m", "venv", "--without-pip", path)
+        self.python = path / "bin" / "python"
+        self.site = Path(self.purelib(self.python))
+        self.package = self.site / "lsoftmax"
+        # Without a base there is pip alone, for which this Python's will do.
+        self.pip = [self.python, "-m", "pip"] if base else [sys.executable, "-m", "pip"]
+        self.pip += [] if base else ["--python", self.python]
+        self.path = os.environ["PATH"]
+        if base:
+            (self.site / "base.pth").write_text(f"{self.purelib(base)}\n")
+            self.path = f"{base.parent}:{self.path}"
+
+    @staticmethod
+    def purelib(python: Path) -> str:
+        return run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+
+    def install(self, *args: object, fails: bool = False, **env: str) -> str:
+        command = [*self.pip, "install", "-v", "--no-deps", *args]
+        return run(*command, fails=fails, PATH=self.path, **env)
+
+    def report(self) -> str:
+        """`python -m lsoftmax`, in which every warning of ours is an error."""
+        return run(self.python, "-W", "error::RuntimeWarning", "-m", "lsoftmax")
+
+
+def make_base(directory: Path, torch: str, variable: str) -> Path:
+    if variable in os.environ:
+        return Path(os.environ[variable])
+    run(sys.executable, "-m", "venv", directory)
+    python = directory / "bin" / "python"
+    run(python, "-m", "pip", "install", torch, "numpy", "setuptools>=77", "ninja")
+    return python
+
+
+@pytest.fixture(scope="module")
+def cpu_base(tmp_path_factory):
+    base = make_base(tmp_path_factory.mktemp("cpu"), CPU_TORCH, "LSOFTMAX_TEST_CPU_PYTHON")
+    if "None" not in run(base, "-c", "import torch; print(torch.version.cuda)"):
+        pytest.skip(f"{CPU_TORCH} is not a CPU build here: name one by LSOFTMAX_TEST_CPU_PYTHON")
+    return base
+
+
+@pytest.fixture(scope="module")
+def cuda_base(tmp_path_factory):
+    base = make_base(tmp_path_factory.mktemp("cuda"), CUDA_TORCH, "LSOFTMAX_TEST_CUDA_PYTHON")
+    if "None" in run(base, "-c", "import torch; print(torch.version.cuda)"):
+        pytest.skip(f"{CUDA_TORCH} is a CPU build here: name one by LSOFTMAX_TEST_CUDA_PYTHON")
+    return base
+
+
+@pytest.fixture
+def cpu(tmp_path, cpu_base):
+    return Environment(tmp_path / "cpu", cpu_base)
+
+
+@pytest.fixture
+def cuda(tmp_path, cuda_base):
+    return Environment(tmp_path / "cuda", cuda_base)
+
+
+def copy_source(directory: Path) -> Path:
+    left = shutil.ignore_patterns(
+        ".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build_info.json"
+    )
+    return Path(shutil.copytree(ROOT, directory / "source", ignore=left))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return copy_source(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, cuda_base):
+    """The kernels built by a plain `pip install`, without a GPU: every architecture we support."""
+    directory = tmp_path_factory.mktemp("built")
+    environment = Environment(directory / "venv", cuda_base)
+    environment.source = copy_source(directory)
+    environment.output = environment.install(environment.source)
+    return environment
+
+
+@pytest.mark.parametrize("isolation", [[], ["--no-build-isolation"]])
+def test_cpu_torch(cpu, source, isolation):
+    output = cpu.install(*isolation, source)
+    assert "WITHOUT the CUDA kernels: torch 2" in output
+    assert "not a CUDA build" in output
+    assert "py3-none-any" in output
+    report = cpu.report()
+    assert "not built" in report
+    assert ": CUDA" not in report
+    assert not list(cpu.package.glob("_C*"))
+    assert (cpu.package / "py.typed").exists()
+
+
+def test_no_torch_yet(tmp_path, source):
+    environment = Environment(tmp_path / "bare", None)
+    output = environment.install(source)
+    assert "WITHOUT the CUDA kernels: the build cannot import torch" in output
+    assert "install torch first" in output
+
+
+@needs_nvcc
+def test_kernels_are_built_and_registered_without_a_gpu(built):
+    assert "WITHOUT" not in built.output
+    for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "compute_120"):
+        assert f"code={arch}" in built.output
+    assert list(built.package.glob("_C*.so"))
+    report = built.report()
+    assert "kernels    loaded" in report
+    assert "lsoftmax::loss_fwd: CUDA" in report
+    assert "8.0;9.0;10.0;12.0+PTX" in report
+
+
+@needs_nvcc
+def test_kernels_without_build_isolation_and_without_warnings(cuda, source):
+    arch = {"TORCH_CUDA_ARCH_LIST": "9.0", "LSOFTMAX_CUDA": "1", "LSOFTMAX_WERROR": "1"}
+    output = cuda.install("--no-build-isolation", source, **arch)
+    assert "code=sm_90" in output
+    assert "sm_80" not in output
+    assert "lsoftmax::loss_fwd: CUDA" in cuda.report()
+
+
+@needs_nvcc
+def test_kernels_in_place(cuda, source):
+    arch = {"TORCH_CUDA_ARCH_LIST": "9.0", "LSOFTMAX_CUDA": "1"}
+    cuda.install("--no-build-isolation", "-e", source, **arch)
+    assert list((source / "lsoftmax").glob("_C*.so"))
+    assert "kernels    loaded" in cuda.report()
+    # Kernels left in the source tree neither stay in use nor ship once they are not asked for.
+    cuda.install("--no-build-isolation", "-e", source, LSOFTMAX_CUDA="0")
+    assert not list((source / "lsoftmax").glob("_C*.so"))
+    assert "not built" in cuda.report()
+
+
+def test_cuda_torch_without_nvcc(cuda, source):
+    output = cuda.install(source, CUDA_HOME="/nonexistent")
+    assert "WITHOUT the CUDA kernels: there is no nvcc in CUDA_HOME=/nonexistent" in output
+    report = cuda.report()
+    assert "there is no nvcc in CUDA_HOME=/nonexistent" in report  # long after pip said so
+    assert "LSOFTMAX_CUDA=1 pip install" in report
+
+
+@needs_nvcc
+def test_no_kernels_from_an_earlier_build_ship(cuda, built):
+    output = cuda.install(built.source, LSOFTMAX_CUDA="0")
+    assert "LSOFTMAX_CUDA=0 asked for it" in output
+    assert not list(cuda.package.glob("_C*"))
+    assert "not built" in cuda.report()
+
+
+def test_asked_for_kernels_without_torch(tmp_path, source):
+    environment = Environment(tmp_path / "bare", None)
+    output = environment.install(source, fails=True, LSOFTMAX_CUDA="1")
+    assert "LSOFTMAX_CUDA=1 wants the kernels: the build cannot import torch" in output
+
+
+def test_asked_for_kernels_with_cpu_torch(cpu, source):
+    output = cpu.install(source, fails=True, LSOFTMAX_CUDA="1")
+    assert "LSOFTMAX_CUDA=1 wants the kernels: torch 2" in output
+    assert "not a CUDA build" in output
+
+
+def test_asked_for_kernels_without_nvcc(cuda, source):
+    output = cuda.install(source, fails=True, LSOFTMAX_CUDA="1", CUDA_HOME="/nonexistent")
+    assert "LSOFTMAX_CUDA=1 wants the kernels: there is no nvcc" in output
+
+
+def test_asked_for_kernels_with_nvcc_of_another_cuda(cuda, source, tmp_path):
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.1'\n")
+    nvcc.chmod(0o755)
+    home = str(tmp_path / "toolkit")
+    output = cuda.install(source, fails=True, LSOFTMAX_CUDA="1", CUDA_HOME=home)
+    assert f"nvcc in {home} is of CUDA 9.2, torch 2" in output
+    assert "set CUDA_HOME to a CUDA" in output
+
+
+def test_asked_for_nonsense(cpu, source):
+    output = cpu.install(source, fails=True, LSOFTMAX_CUDA="yes")
+    assert "LSOFTMAX_CUDA must be unset, 0 or 1, not 'yes'" in output
+
+
+@needs_nvcc
+def test_kernels_of_another_torch(cpu, built):
+    shutil.copytree(built.package, cpu.package)
+    output = run(cpu.python, "-c", "import lsoftmax; print(lsoftmax.cuda_available())")
+    assert output.count("RuntimeWarning") == 1
+    assert "The kernels were built for torch 2" in output
+    assert "(no CUDA). Reinstall lsoftmax" in output
+    assert output.endswith("False\n")
+    assert "built, not loaded" in run(cpu.python, "-m", "lsoftmax")
+
+
+@needs_nvcc
+def test_kernels_that_do_not_load(cpu, built):
+    shutil.copytree(built.package, cpu.package)
+    (cpu.package / "_build_info.json").unlink()  # so that nothing warns the loader
+    output = run(cpu.python, "-c", "import lsoftmax; print(lsoftmax.cuda_available())")
+    assert output.count("RuntimeWarning") == 1
+    assert "The kernels were built but do not load (" in output
+    assert output.endswith("False\n")
+
+
+def test_wheel_and_sdist(cpu, source, tmp_path):
+    dist = tmp_path / "dist"
+    build = f"import setuptools.build_meta as b; print(b.build_sdist({str(dist)!r}))"
+    run("sh", "-c", f'cd "{source}" && "{cpu.python}" -c "{build}"')
+    (sdist,) = dist.glob("lsoftmax-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kernels = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*") if path.is_file()}
+    assert kernels <= names
+    assert {
+        "LICENSE",
+        "Makefile",
+        "setup.py",
+        "lsoftmax/py.typed",
+        "tests/test_install.py",
+    } <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.json"))]
+
+    run(*cpu.pip, "wheel", "--no-deps", "-w", dist, sdist, PATH=cpu.path)
+    (wheel,) = dist.glob("lsoftmax-*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"lsoftmax/__init__.py", "lsoftmax/py.typed", "lsoftmax/_build_info.json"} <= names
+    assert all(name.startswith(("lsoftmax/", "lsoftmax-")) for name in names)
+    cpu.install(wheel)
+    assert "not built" in cpu.report()
