@@ -30,6 +30,15 @@ cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, cudaStre
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+// The index of the lowest bit set; `word` is not 0.
+__device__ __forceinline__ int lowest_bit(unsigned word) {
+#ifdef __CUDACC__
+  return __ffs(static_cast<int>(word)) - 1;
+#else
+  return __builtin_ctz(word);
+#endif
+}
+
 // V elements that travel in one load or store. V = 1 serves ragged ends and misaligned rows.
 template <typename T, int V>
 struct alignas(V * sizeof(T)) Pack {

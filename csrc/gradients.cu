@@ -19,10 +19,8 @@ __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(BackwardRows
   const A g = ignored ? A(0) : p.grad[p.grad_per_row ? i : 0] / *p.divisor;
   const A scale = g * p.rows[i];
   if (threadIdx.x == 0) {
-    p.shares[i] = scale;
-    p.shares[p.n + i] = g * p.rows[p.n + i];
-    p.shares[2 * p.n + i] = g * p.rows[2 * p.n + i];
-    p.shares[3 * p.n + i] = g * static_cast<A>(p.constant);
+    for (int64_t k = 0; k < 4; ++k) p.shares[k * p.n + i] = g * p.rows[k * p.n + i];
+    p.shares[4 * p.n + i] = g * static_cast<A>(p.constant);
   }
   if (p.scaled_x == nullptr) return;
   for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
@@ -64,22 +62,66 @@ struct AddShares {
   }
 };
 
+// dw_y += h w_y + the sum of rest_k x_k over the rows k of class y, by the whole block.
+template <typename T>
+__device__ void add_class_shares(const FinishGradients<T>& p, int64_t y,
+                                 typename Storage<T>::Acc h) {
+  using A = typename Storage<T>::Acc;
+  using E = typename Storage<T>::E;
+  constexpr int kColumnsPerThread = 4;
+  __shared__ SharedArray<unsigned, kMaxThreads / kWarp> matches;
+  const int warps = blockDim.x / kWarp;
+  const int64_t width = int64_t{kColumnsPerThread} * blockDim.x;
+  for (int64_t left = 0; left < p.d; left += width) {
+    A sums[kColumnsPerThread] = {};
+    for (int64_t first = 0; p.rest != nullptr && first < p.n; first += blockDim.x) {
+      const int64_t k = first + threadIdx.x;
+      const unsigned votes = __ballot_sync(kFullMask, k < p.n && p.target[k] == y);
+      __syncthreads();  // the votes before these have been read
+      if (threadIdx.x % kWarp == 0) matches[threadIdx.x / kWarp] = votes;
+      __syncthreads();
+      for (int warp = 0; warp < warps; ++warp) {
+        unsigned word = matches[warp];
+        for (; word != 0; word &= word - 1) {
+          const int64_t row = first + warp * kWarp + lowest_bit(word);
+          const A share = p.rest[row];
+          if (share == 0) continue;  // an ignored x may be NaN
+#pragma unroll
+          for (int v = 0; v < kColumnsPerThread; ++v) {
+            const int64_t j = left + v * blockDim.x + threadIdx.x;
+            if (j < p.d) sums[v] += share * static_cast<A>(p.x[row * p.d + j]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < kColumnsPerThread; ++v) {
+      const int64_t j = left + v * blockDim.x + threadIdx.x;
+      if (j >= p.d) continue;
+      E& out = p.dw[y * p.d + j];
+      out = static_cast<E>(static_cast<A>(out) + (sums[v] + h * static_cast<A>(p.w[y * p.d + j])));
+    }
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) finish_gradients_kernel(FinishGradients<T> p) {
   using A = typename Storage<T>::Acc;
-  const int64_t i = blockIdx.x;
+  const int64_t i = blockIdx.x, y = p.target[i];
+  const bool ignored = y < 0 || y >= p.c;
   if (p.dx != nullptr) {
     const A scale = p.scale == nullptr ? A(1) : p.scale[i], share = p.input[i];
+    const A rest = p.rest == nullptr ? A(0) : p.rest[i];
     const A constant = p.constant == nullptr ? A(0) : p.constant[i];
     for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
       A value = scale * p.product[i * p.d + j];
       if (share != 0) value += share * static_cast<A>(p.x[i * p.d + j]);
+      if (rest != 0) value += rest * static_cast<A>(p.w[y * p.d + j]);
       if (constant != 0) value += constant * p.product[p.n * p.d + j];
       p.dx[i * p.d + j] = static_cast<T>(value);
     }
   }
-  const int64_t y = p.target[i];
-  if (p.dw == nullptr || y < 0 || y >= p.c) return;  // an ignored target
+  if (p.dw == nullptr || ignored) return;
   ClassShare share{0, 0, 0};
   for (int64_t k = threadIdx.x; k < p.n; k += blockDim.x) {
     if (p.target[k] != y) continue;
@@ -87,13 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads) finish_gradients_kernel(FinishGra
     if (k < i) share.earlier_row = 1;
   }
   share = block_reduce(share, AddShares{});
-  if (share.earlier_row != 0) return;
-  const A h = static_cast<A>(share.sum);
-  if (h == 0) return;
-  for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
-    const A value = static_cast<A>(p.dw[y * p.d + j]) + h * static_cast<A>(p.w[y * p.d + j]);
-    p.dw[y * p.d + j] = static_cast<T>(value);
-  }
+  if (share.earlier_row == 0) add_class_shares(p, y, static_cast<A>(share.sum));
 }
 
 }  // namespace

@@ -26,6 +26,11 @@ inline at::ScalarType accumulate_type(const Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Storage<T>::E.
+inline at::ScalarType e_type(const Tensor& input) {
+  return input.scalar_type() == at::kBFloat16 ? at::kBFloat16 : accumulate_type(input);
+}
+
 // What every op sets up before it touches a tensor: types were chosen by the caller, so autocast
 // must not choose again, and autograd has its formula one level up.
 struct Scope {
@@ -88,10 +93,11 @@ const T* pointer(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
-// dX and dW from the two products: see FinishGradients. `scale` and `constant` may be undefined.
+// dX and dW from the two products: see FinishGradients. `scale`, `rest`, `constant` may be
+// undefined.
 inline void finish_gradients(const Tensor& x, const Tensor& w, const Tensor& target,
                              const Tensor& scale, const Tensor& input_share,
-                             const Tensor& weight_share, const Tensor& constant,
+                             const Tensor& weight_share, const Tensor& rest, const Tensor& constant,
                              const Tensor& product, const Tensor& dx, const Tensor& dw,
                              cudaStream_t stream) {
   for_type(x, [&](auto zero) {
@@ -104,10 +110,11 @@ inline void finish_gradients(const Tensor& x, const Tensor& w, const Tensor& tar
     params.scale = pointer<A>(scale);
     params.input = pointer<A>(input_share);
     params.weight = pointer<A>(weight_share);
+    params.rest = pointer<A>(rest);
     params.constant = pointer<A>(constant);
     params.product = pointer<A>(product);
     params.dx = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
-    params.dw = dw.defined() ? dw.mutable_data_ptr<T>() : nullptr;
+    params.dw = dw.defined() ? dw.mutable_data_ptr<typename Storage<T>::E>() : nullptr;
     params.n = x.size(0);
     params.d = x.size(1);
     params.c = w.size(0);

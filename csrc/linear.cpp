@@ -50,15 +50,15 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input,
             need_weight ? at::zeros_like(linear_weight) : none};
   }
   const Tensor x = input.contiguous(), w = linear_weight.contiguous(), y = target.contiguous();
-  const Tensor g = grad.clone(at::MemoryFormat::Contiguous);  // the caller's gradient stays his
-  const Tensor shares = at::empty({2, n}, coefficients.options());
+  const Tensor g = grad.contiguous();
+  const Tensor shares = at::empty({3, n}, coefficients.options());
   for_type(x, [&](auto zero) {
     using T = decltype(zero);
     using A = typename Storage<T>::Acc;
     MarginLogitsBackward<T> params{};
     params.target = pointer<int64_t>(y);
     params.coefficients = pointer<A>(coefficients);
-    params.grad = g.mutable_data_ptr<T>();
+    params.grad = pointer<T>(g);
     params.shares = shares.mutable_data_ptr<A>();
     params.n = n;
     params.c = c;
@@ -70,10 +70,13 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input,
     matmul(product, g, w);
     dx = x.scalar_type() == product.scalar_type() ? product : at::empty_like(x);
   }
-  if (need_weight) dw = at::mm(g.t(), x);
-  finish_gradients(x, w, y, Tensor(), shares[0], shares[1], Tensor(), product, dx, dw,
+  if (need_weight) {
+    dw = at::empty_like(w, w.options().dtype(e_type(x)));
+    matmul(dw, g.t(), x);
+  }
+  finish_gradients(x, w, y, Tensor(), shares[0], shares[1], shares[2], Tensor(), product, dx, dw,
                    scope.stream);
-  return {need_input ? dx : none, need_weight ? dw : none};
+  return {need_input ? dx : none, need_weight ? dw.to(w.scalar_type()) : none};
 }
 
 }  // namespace lsoftmax

@@ -203,14 +203,18 @@ __device__ void finish_row(const LossRows<T>& p, int64_t i, Row<T>& row, const M
   }
   p.row_loss[i] = static_cast<A>(loss);
   if (row.e == nullptr) return;
-  // In units of scale = total / s. Without smoothing this is -e_sum alpha, whatever the weight.
-  const double e_y = p.label_smoothing > 0
-                         ? (grad_y * m.alpha + constant) * s / (total == 0 ? 1 : total)
-                         : -e_sum * m.alpha;
-  row.e[row.target] = static_cast<typename Storage<T>::E>(static_cast<A>(e_y));
+  const double target_share = grad_y * m.alpha + constant;
+  using E = typename Storage<T>::E;
+  if constexpr (sizeof(E) == sizeof(A)) {
+    // Into E, in units of scale = total / s. Without smoothing this is -e_sum alpha.
+    const double e_y =
+        p.label_smoothing > 0 ? target_share * s / (total == 0 ? 1 : total) : -e_sum * m.alpha;
+    row.e[row.target] = static_cast<E>(e_y);
+  }
   p.rows[i] = static_cast<A>(total / s);
   p.rows[p.n + i] = static_cast<A>(grad_y * m.beta);
   p.rows[2 * p.n + i] = static_cast<A>(grad_y * m.gamma);
+  p.rows[3 * p.n + i] = static_cast<A>(target_share);
 }
 
 template <typename T>
@@ -228,7 +232,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(LossRows<T> p) {
   if (ignored) {
     if (threadIdx.x == 0) {
       p.row_loss[i] = 0;
-      for (int64_t k = 0; k < 3 && row.e != nullptr; ++k) p.rows[k * p.n + i] = 0;
+      for (int64_t k = 0; k < 4 && row.e != nullptr; ++k) p.rows[k * p.n + i] = 0;
     }
     return;
   }

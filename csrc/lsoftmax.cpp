@@ -13,10 +13,9 @@ enum Reduction : int64_t { kNone, kMean, kSum };
 
 // Rows of E as lsoftmax/portable.py's e_storage lays them out.
 Tensor empty_e(const Tensor& input, int64_t rows, int64_t c) {
-  if (input.scalar_type() != at::kBFloat16) {
-    return at::empty({rows, c}, input.options().dtype(accumulate_type(input)));
-  }
-  return at::empty({rows, (c + 7) / 8 * 8}, input.options());
+  const auto type = e_type(input);
+  const int64_t stride = type == at::kBFloat16 ? (c + 7) / 8 * 8 : c;
+  return at::empty({rows, stride}, input.options().dtype(type));
 }
 
 }  // namespace
@@ -40,13 +39,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_fwd(
   const Tensor class_weight = weight ? weight->contiguous() : Tensor();
   const Tensor weight_sum = weight && smooth ? class_weight.sum() : Tensor();
 
-  Tensor e = save ? empty_e(x, n + (smooth ? 1 : 0), c) : at::empty({0}, options);
+  Tensor e = save ? empty_e(x, n + (smooth ? 1 : 0), c) : at::empty({0}, options.dtype(e_type(x)));
   const bool in_place = save && e.scalar_type() == acc;
   // Padded like E, so that a pack of logits is a pack of exponentials.
   const Tensor z = in_place ? e : at::empty({n, save ? e.size(1) : c}, options);
-  if (!save && x.scalar_type() == at::kBFloat16) e = at::empty({0}, x.options());
-  Tensor rows = at::empty({save ? 3 : 0, n}, options);
-  if (!save) rows = at::empty({0}, options);
+  Tensor rows = save ? at::empty({4, n}, options) : at::empty({0}, options);
   Tensor loss = at::empty({n}, options);
   Tensor divisor;
 
@@ -113,7 +110,7 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
   const auto acc = accumulate_type(input);
   const int64_t n = input.size(0), d = input.size(1), c = linear_weight.size(0);
   CHECK_LIKE(grad, input, acc);
-  CHECK_SHAPE(rows, {3, n});
+  CHECK_SHAPE(rows, {4, n});
   const Scope scope(input);
   const bool smooth = label_smoothing > 0;
   const int64_t e_rows = n + (smooth ? 1 : 0);
@@ -128,7 +125,7 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
   }
   const Tensor x = input.contiguous(), w = linear_weight.contiguous(), y = target.contiguous();
   const Tensor g = grad.contiguous();
-  const Tensor shares = at::empty({4, n}, rows.options());
+  const Tensor shares = at::empty({5, n}, rows.options());
   const Tensor scaled_x = need_weight ? at::empty({e_rows, d}, e.options()) : Tensor();
   const double constant = -label_smoothing / static_cast<double>(c);
   for_type(x, [&](auto zero) {
@@ -152,7 +149,7 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
     if (!need_weight || !smooth) return;
     ConstantRow<T> sum{};
     sum.x = params.x;
-    sum.constant = params.shares + 3 * n;
+    sum.constant = params.shares + 4 * n;
     sum.sum = params.scaled_x + n * d;
     sum.n = n;
     sum.d = d;
@@ -169,11 +166,11 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
   if (need_weight) {
     dw = at::empty_like(w, e.options());
     matmul(dw, e_used.t(), scaled_x);
-    dw = dw.to(w.scalar_type());
   }
-  finish_gradients(x, w, y, shares[0], shares[1], shares[2], smooth ? shares[3] : Tensor(), product,
-                   dx, dw, scope.stream);
-  return {need_input ? dx : none, need_weight ? dw : none};
+  const bool narrow = e.scalar_type() != acc;  // then the target's part is not in E
+  finish_gradients(x, w, y, shares[0], shares[1], shares[2], narrow ? shares[3] : Tensor(),
+                   smooth ? shares[4] : Tensor(), product, dx, dw, scope.stream);
+  return {need_input ? dx : none, need_weight ? dw.to(w.scalar_type()) : none};
 }
 
 }  // namespace lsoftmax

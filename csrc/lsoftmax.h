@@ -42,7 +42,7 @@ struct LossRows {
   Acc* z;                   // (N, z_stride), C used: the logits
   E* e;                     // (N, e_stride), C used, the rest set to 0; may be z; null: only read
   Acc* row_loss;            // (N,)
-  Acc* rows;                // (3, N): scale, input share, weight share; null where e is
+  Acc* rows;                // (4, N): scale; input, weight and target share; null where e is
   int64_t n, d, c, z_stride, e_stride;
   int64_t ignore_index;
   double label_smoothing;
@@ -74,10 +74,10 @@ struct BackwardRows {
   using E = typename Storage<T>::E;
   const Acc* grad;        // () or (N,)
   const Acc* divisor;     // ()
-  const Acc* rows;        // (3, N), of the forward pass
+  const Acc* rows;        // (4, N), of the forward pass
   const int64_t* target;  // (N,)
   const T* x;             // (N, D)
-  Acc* shares;            // (4, N): scale, input, weight and constant share, times the gradient
+  Acc* shares;            // (5, N): the four rows and the constant share, times the gradient
   E* scaled_x;            // (N, D): scale_i x_i; null: not needed
   int64_t n, d, ignore_index;
   bool grad_per_row;
@@ -109,10 +109,12 @@ struct FinishGradients {
   const Acc* scale;       // (N,), or null: 1
   const Acc* input;       // (N,)
   const Acc* weight;      // (N,)
+  const Acc* rest;        // (N,), target share that is not in the products; or null: it is there
   const Acc* constant;    // (N,), or null: no constant part
   const Acc* product;     // (N, D), or (N + 1, D) with a constant part; may be dx; null: no dx
-  T* dx;                  // (N, D): scale product + input x + constant product_N
-  T* dw;                  // (C, D), added to: the sum of a class's weight shares times w; or null
+  T* dx;                  // (N, D): scale product + input x + rest w_y + constant product_N
+  // In the type of the product it holds: what is added may cancel it.
+  typename Storage<T>::E* dw;  // (C, D), added to: sum of weight w_c + rest x over class c; or null
   int64_t n, d, c;
 };
 
@@ -140,8 +142,8 @@ struct MarginLogitsBackward {
   using Acc = typename Storage<T>::Acc;
   const int64_t* target;    // (N,)
   const Acc* coefficients;  // (3, N)
-  T* grad;                  // (N, C): column y is multiplied by alpha
-  Acc* shares;              // (2, N): input and weight share
+  const T* grad;            // (N, C)
+  Acc* shares;              // (3, N): input, weight and target share
   int64_t n, c;
 };
 

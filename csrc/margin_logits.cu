@@ -25,18 +25,17 @@ __global__ void __launch_bounds__(kMaxThreads) margin_logits_kernel(MarginLogits
   p.coefficients[2 * p.n + i] = static_cast<A>(m.gamma);
 }
 
-// One thread a row. The matrix products then see alpha times the target's gradient.
+// One thread a row. The matrix products see the target's logit with a slope of 1, not alpha.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     margin_logits_backward_kernel(MarginLogitsBackward<T> p) {
   using A = typename Storage<T>::Acc;
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= p.n) return;
-  T* const column = p.grad + i * p.c + p.target[i];
-  const A g = static_cast<A>(*column);
-  *column = static_cast<T>(g * p.coefficients[i]);
+  const A g = static_cast<A>(p.grad[i * p.c + p.target[i]]);
   p.shares[i] = g * p.coefficients[p.n + i];
   p.shares[p.n + i] = g * p.coefficients[2 * p.n + i];
+  p.shares[2 * p.n + i] = g * (p.coefficients[i] - 1);
 }
 
 }  // namespace

@@ -75,7 +75,7 @@ def _loss_fwd_fake(
     return (
         input.new_empty([n] if reduction == portable.NONE else [], dtype=dtype),
         input.new_empty(e_shape if save else [0], dtype=e_dtype),
-        input.new_empty([3, n] if save else [0], dtype=dtype),
+        input.new_empty([4, n] if save else [0], dtype=dtype),
         input.new_empty([], dtype=dtype),
     )
 
@@ -130,6 +130,29 @@ def _gradients_fake(
     )
 
 
+class _Once(torch.autograd.Function):
+    """Says that a gradient has no gradient, where it would silently count as a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "lsoftmax.functional is differentiable once; lsoftmax.reference, with the same "
+            "signatures, is differentiable twice"
+        )
+
+
+def _gradients(ctx: Any, dx: Tensor, dw: Tensor, input: Tensor, linear_weight: Tensor) -> Any:
+    """What backward returns: None for what was not asked for, and no second derivatives."""
+    need_input, need_weight, *rest = ctx.needs_input_grad
+    if torch.is_grad_enabled():  # create_graph=True
+        dx, dw = (_Once.apply(gradient, input, linear_weight) for gradient in (dx, dw))
+    return dx if need_input else None, dw if need_weight else None, *[None] * len(rest)
+
+
 class _Loss(torch.autograd.Function):
     """loss_fwd with loss_bwd as its gradient. Saves only what it made, and changes none of it."""
 
@@ -142,13 +165,11 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_input, need_weight, *_ = ctx.needs_input_grad
-        dx, dw = torch.ops.lsoftmax.loss_bwd(
-            grad, *ctx.saved_tensors, *ctx.options, need_input, need_weight
-        )
-        return dx if need_input else None, dw if need_weight else None, *[None] * 7
+        needed = ctx.needs_input_grad[:2]
+        saved = ctx.saved_tensors
+        dx, dw = torch.ops.lsoftmax.loss_bwd(grad, *saved, *ctx.options, *needed)
+        return _gradients(ctx, dx, dw, *saved[:2])
 
 
 class _Linear(torch.autograd.Function):
@@ -161,11 +182,11 @@ class _Linear(torch.autograd.Function):
         return logits
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_input, need_weight, *_ = ctx.needs_input_grad
-        dx, dw = torch.ops.lsoftmax.linear_bwd(grad, *ctx.saved_tensors, need_input, need_weight)
-        return dx if need_input else None, dw if need_weight else None, None, None, None
+        needed = ctx.needs_input_grad[:2]
+        saved = ctx.saved_tensors
+        dx, dw = torch.ops.lsoftmax.linear_bwd(grad, *saved, *needed)
+        return _gradients(ctx, dx, dw, *saved[:2])
 
 
 def loss(

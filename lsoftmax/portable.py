@@ -10,8 +10,10 @@ products. Per row i, with f the margin logit of the target y and z the logits of
     E_y = t S alpha = -So alpha     so that  diag(v) E W  holds the target's part too, v = g / S
 
 and the norms' share of the margin (beta, gamma of ``margin_terms``) is one multiple of x_i and one
-of w_y a row. Class weights and label smoothing change three numbers a row: with q the smoothed
-target distribution, dz_j = g (A p_j - q_j), where A = sum of q (``_row_terms``).
+of w_y a row. Near the class vector alpha w_y and beta x nearly cancel (alpha is up to m^2): where
+E is narrower than its row's numbers, its target column is 0 and the target's part is added apart.
+Class weights and label smoothing change three numbers a row: with q the smoothed target
+distribution, dz_j = g (A p_j - q_j), where A = sum of q (``_row_terms``).
 """
 
 from __future__ import annotations
@@ -119,13 +121,15 @@ def loss_fwd(
     if not save:
         return loss, input.new_empty(0, dtype=e_dtype), input.new_empty(0, dtype=dtype), divisor
 
-    e_y = -e_sum * alpha
-    if a_total is not None:
-        # In units of v = g A / S: alpha (A t + rest), and the constant part of column y taken back.
-        e_y = (target_gradient * alpha + constant) * s / torch.where(a_total == 0, 1.0, a_total)
-    e.scatter_(1, column, e_y.to(dtype).unsqueeze(1))
     scale = s.reciprocal() if a_total is None else a_total / s
-    rows = torch.stack((scale, target_gradient * beta, target_gradient * gamma))
+    # The target's part of dX and dW, the constant part of column y taken back.
+    target_share = target_gradient * alpha + constant
+    if in_place:  # into E, in units of its scale
+        e_y = -e_sum * alpha
+        if a_total is not None:
+            e_y = target_share * s / torch.where(a_total == 0, 1.0, a_total)
+        e.scatter_(1, column, e_y.to(dtype).unsqueeze(1))
+    rows = torch.stack((scale, target_gradient * beta, target_gradient * gamma, target_share))
     if kept is not None:
         rows = torch.where(kept, rows, 0.0)
         e.masked_fill_(~kept.unsqueeze(1), 0.0)  # what is ignored may be NaN: 0 * NaN is not 0
@@ -216,8 +220,13 @@ def loss_bwd(
     n, num_classes = input.shape[0], linear_weight.shape[0]
     dtype = rows.dtype
     x, w = input.to(dtype), linear_weight.to(dtype)
-    g = torch.where(target == ignore_index, 0.0, grad / divisor)
-    scale, input_share, weight_share = g * rows
+    ignored = target == ignore_index
+    if target.device.type != "cpu" or bool(ignored.any()):
+        x = x.masked_fill(ignored.unsqueeze(1), 0.0)
+    g = torch.where(ignored, 0.0, grad / divisor)
+    scale, input_share, weight_share, target_share = g * rows
+    if e.dtype == dtype:
+        target_share = None  # it is in E
     e_rows = e[:n, :num_classes].to(dtype)
     scale_e = num_classes < input.shape[1]  # scale the smaller factor: E, or X
     if scale_e:
@@ -233,20 +242,36 @@ def loss_bwd(
             dx.mul_(scale.unsqueeze(1))
         if constant is not None:
             dx.addr_(constant[1], torch.mv(w.t(), constant[0]))
-        grad_input = dx.addcmul_(x, input_share.unsqueeze(1)).to(input.dtype)
+        grad_input = add_shares(dx, x, w, target, input_share, target_share).to(input.dtype)
     if need_weight:
         dw = torch.mm(e_rows.t(), x if scale_e else x * scale.unsqueeze(1))
         if constant is not None:
             dw.addr_(constant[0], torch.mv(x.t(), constant[1]))
-        grad_weight = add_own_rows(dw, w, target, weight_share).to(linear_weight.dtype)
+        dw = add_class_shares(dw, x, w, target, weight_share, target_share)
+        grad_weight = dw.to(linear_weight.dtype)
     return grad_input, grad_weight
 
 
-def add_own_rows(dw: Tensor, w: Tensor, target: Tensor, share: Tensor) -> Tensor:
-    """dw += diag(h) w, h_c = sum of share_i over {i: y_i = c}; touches the targets' rows only."""
+def add_shares(
+    dx: Tensor, x: Tensor, w: Tensor, target: Tensor, own: Tensor, others: Tensor | None
+) -> Tensor:
+    """dx_i += own_i x_i + others_i w_y."""
+    dx.addcmul_(x, own.unsqueeze(1))
+    if others is not None:
+        index = target.clamp(0, w.shape[0] - 1)  # an ignored target has share 0
+        dx.addcmul_(w.index_select(0, index), others.unsqueeze(1))
+    return dx
+
+
+def add_class_shares(
+    dw: Tensor, x: Tensor, w: Tensor, target: Tensor, own: Tensor, others: Tensor | None
+) -> Tensor:
+    """dw_c += sum over {i: y_i = c} of own_i w_c + others_i x_i; touches the targets' rows only."""
     num_classes = w.shape[0]
     index = target.clamp(0, num_classes - 1)  # an ignored target has share 0
-    h = share.new_zeros(num_classes).index_add_(0, index, share)
+    if others is not None:
+        dw.index_add_(0, index, x * others.unsqueeze(1))
+    h = own.new_zeros(num_classes).index_add_(0, index, own)
     if num_classes <= target.shape[0]:
         return dw.addcmul_(w, h.unsqueeze(1))
     # Repeated classes get equal rows, so which one is written does not matter.
@@ -279,16 +304,15 @@ def linear_bwd(
     dtype = coefficients.dtype
     x, w = input.to(dtype), linear_weight.to(dtype)
     alpha, beta, gamma = coefficients
-    column = target.unsqueeze(1)
-    g = grad.to(dtype, copy=True)
-    g_y = g.gather(1, column).squeeze(1)
-    g.scatter_(1, column, (g_y * alpha).unsqueeze(1))
+    g = grad.to(dtype)
+    g_y = g.gather(1, target.unsqueeze(1)).squeeze(1)
+    rest = g_y * (alpha - 1)  # the products hold the target with a slope of 1
 
     grad_input = grad_weight = input.new_empty(0)
     if need_input:
-        dx = torch.mm(g, w).addcmul_(x, (g_y * beta).unsqueeze(1))
+        dx = add_shares(torch.mm(g, w), x, w, target, g_y * beta, rest)
         grad_input = dx.to(input.dtype)
     if need_weight:
-        dw = add_own_rows(torch.mm(g.t(), x), w, target, g_y * gamma)
+        dw = add_class_shares(torch.mm(g.t(), x), x, w, target, g_y * gamma, rest)
         grad_weight = dw.to(linear_weight.dtype)
     return grad_input, grad_weight

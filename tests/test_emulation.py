@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from emulation import build
 
 pytestmark = pytest.mark.skipif(

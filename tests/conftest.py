@@ -1,0 +1,77 @@
+"""Where the tests run, and what their inputs are drawn from.
+
+    pytest                       the portable implementation, and all that has no device
+    pytest --backend emulation   the CUDA kernels and their host code, emulated on the CPU
+    pytest --backend sanitized   the same under AddressSanitizer and UBSan; see test_sanitized.py
+    pytest --backend cuda        the CUDA kernels on a GPU
+
+The last three run every test that takes the ``device`` fixture, and only those.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+BACKENDS = ("portable", "emulation", "sanitized", "cuda")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=BACKENDS, default="portable", help="what runs the ops")
+    parser.addoption("--seed", type=int, default=None, help="repeat a run's random inputs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--seed") is None:
+        config.option.seed = random.SystemRandom().randrange(10**6)
+    torch.set_num_threads(2)
+    backend = config.getoption("--backend")
+    if backend in ("emulation", "sanitized"):
+        import lsoftmax
+        from emulation import build
+
+        build.load(sanitize=backend == "sanitized")
+    if backend == "cuda":
+        import lsoftmax
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--backend cuda: torch sees no GPU")
+        if not lsoftmax.cuda_available():
+            raise pytest.UsageError("--backend cuda: no kernels; python -m lsoftmax says why")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = config.getoption("--seed")
+    return f"backend: {config.getoption('--backend')}, torch {torch.__version__}, --seed {seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--backend") == "portable":
+        return
+    elsewhere = [item for item in items if "device" not in item.fixturenames]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if "device" in item.fixturenames]
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Fresh inputs in every run; the header's seed and the test's name give them again."""
+    torch.manual_seed(hash_of(f"{request.config.getoption('--seed')} {request.node.name}"))
+
+
+def hash_of(text: str) -> int:
+    """The same in every process, unlike hash()."""
+    return int.from_bytes(text.encode(), "little") % (2**61 - 1)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--backend")
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """Where a test's tensors live: on the CPU the emulation serves the ops in place of torch."""
+    return "cuda" if backend == "cuda" else "cpu"

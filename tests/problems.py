@@ -1,0 +1,69 @@
+"""Random inputs, and the float64 truth about them, for the tests of both ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsoftmax import functional, reference
+
+
+@dataclass
+class Problem:
+    """Features (N, D), weights (C, D) and targets (N,), with gradients wanted."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+
+    def loss(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The op's loss and gradients."""
+        return self._run(functional.lsoftmax_loss, self.x, self.w, **options)
+
+    def true_loss(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and gradients of the reference in float64, from the same inputs."""
+        return self._run(reference.lsoftmax_loss, *self._wide(), **options)
+
+    def logits(self, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._run(functional.lsoftmax_linear, self.x, self.w, upstream, **options)
+
+    def true_logits(self, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._run(reference.lsoftmax_linear, *self._wide(), upstream, **options)
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        x, w = self.x.detach().double(), self.w.detach().double()
+        return x.requires_grad_(), w.requires_grad_()
+
+    def _run(
+        self, function: Any, x: Tensor, w: Tensor, upstream: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = function(x, w, self.y, **options)
+        if upstream is None:  # different for every row, where there is a gradient per row
+            upstream = torch.linspace(0.5, 1.5, max(out.numel(), 1), device=out.device)
+            upstream = upstream[: out.numel()].reshape(out.shape)
+        dx, dw = torch.autograd.grad(out, (x, w), upstream.to(out.dtype))
+        return out.detach(), dx, dw
+
+
+def problem(
+    n: int,
+    d: int,
+    c: int,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    norm: float = 4.0,
+) -> Problem:
+    """Features of norm about ``norm`` and unit class vectors, so that logits are of that size."""
+    x = (torch.randn(n, d) * norm / d**0.5).to(dtype).to(device).requires_grad_()
+    w = (torch.randn(c, d) / d**0.5).to(dtype).to(device).requires_grad_()
+    return Problem(x, w, torch.randint(c, (n,)).to(device))
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth|, Euclidean; 0 for two zeros, NaN never passes a bound."""
+    difference = (value.double() - truth.double()).norm()
+    scale = truth.double().norm()
+    return float(difference / scale) if scale > 0 else float(difference)

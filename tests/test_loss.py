@@ -1,0 +1,356 @@
+"""The fused loss and its gradients, on every backend, against float64 and code not ours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lsoftmax import functional, reference
+from problems import Problem, problem, relative_error
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_right(p: Problem, loss_bound: float, gradient_bound: float, **options) -> None:
+    ours, truth = p.loss(**options), p.true_loss(**options)
+    assert ours[0].dtype == (torch.float64 if p.x.dtype == torch.float64 else torch.float32)
+    assert ours[0].shape == truth[0].shape
+    assert (ours[1].dtype, ours[2].dtype) == (p.x.dtype, p.w.dtype)
+    bounds = (loss_bound, gradient_bound, gradient_bound)
+    for name, value, true, bound in zip(("loss", "dx", "dw"), ours, truth, bounds, strict=True):
+        assert relative_error(value, true) <= bound, name
+
+
+# 0, 1 and 33 rows: none, one, more than a warp has lanes. 1, 2, 7, 64, 513 features: less than a
+# 16-byte pack, one, ragged, whole packs, misaligned rows. 1, 2, 10, 1001, 4099 classes: no other
+# class, one, less than a warp's packs, ragged, more than a block loads at once.
+@pytest.mark.parametrize(
+    ("n", "d", "c"),
+    [
+        *itertools.product((1, 33), (1, 7, 513), (1, 10, 1001)),
+        *[(33, 2, 2), (33, 64, 2), (33, 64, 4099), (1, 2, 4099)],
+    ],
+)
+def test_every_size_and_type(n: int, d: int, c: int, device: str) -> None:
+    assert_right(problem(n, d, c, torch.float64, device), 1e-12, 1e-12, margin=4, lam=0.5)
+    assert_right(problem(n, d, c, torch.float32, device), 1e-6, 1e-5, margin=3, lam=2.0)
+    for dtype in (torch.bfloat16, torch.float16):
+        p = problem(n, d, c, dtype, device)
+        rounding = rounding_error(p, dtype, margin=4, lam=0.5)
+        assert_right(p, 1e-5, 2 * rounding, margin=4, lam=0.5)
+
+
+def rounding_error(p: Problem, dtype: torch.dtype, **options) -> float:
+    """What rounding to 16 bits alone costs: features times gradient of the logits, then the result.
+
+    A float32-accumulated implementation rounds dz once and the gradients once; in quadrature.
+    """
+    _, dx, dw = p.true_loss(**options)
+    one = max(relative_error(g.to(dtype), g) for g in (dx, dw))
+    # A single number may be exact by luck: never less than a quarter of the last place.
+    return max(math.sqrt(2) * one, torch.finfo(dtype).eps / 4)
+
+
+@pytest.mark.parametrize("margin", [1, 2, 5, 16])
+@pytest.mark.parametrize("norm", [0.1, 30.0])
+def test_every_margin(margin: int, norm: float, device: str) -> None:
+    assert_right(problem(20, 16, 50, torch.float64, device, norm), 1e-11, 1e-11, margin=margin)
+    assert_right(problem(20, 16, 50, torch.float32, device, norm), 1e-6, 1e-5, margin=margin)
+
+
+OPTIONS = [
+    {"reduction": reduction, "label_smoothing": smoothing, "weight": weighted}
+    for reduction, smoothing, weighted in itertools.product(
+        ("mean", "sum", "none"), (0.0, 0.1, 1.0), (False, True)
+    )
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_every_option(options: dict, dtype: torch.dtype, device: str) -> None:
+    """Ignored rows among others, against F.cross_entropy on the margin logits."""
+    p = problem(19, 12, 37, dtype, device)
+    p.y[::4] = -7
+    weight = torch.rand(37).double().to(device) + 0.1 if options["weight"] else None
+    options = {**options, "weight": weight, "ignore_index": -7, "margin": 3, "lam": 0.7}
+    exact = dtype in (torch.float64, torch.float32)
+    bound = {torch.float64: 1e-11, torch.float32: 2e-6}.get(dtype, 1e-4)
+    gradient = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, 0)
+    if not exact:
+        gradient = 2 * rounding_error(p, dtype, **options)
+    assert_right(p, bound, gradient, **options)
+    _, dx, _ = p.loss(**options)
+    assert (dx[::4] == 0).all(), "an ignored row has no gradient"
+
+
+def test_one_margin_is_cross_entropy(device: str) -> None:
+    """margin 1, and any margin with a large lam, is torch's loss of torch's logits."""
+    p = problem(40, 24, 60, torch.float64, device)
+    theirs = F.cross_entropy(F.linear(p.x, p.w), p.y)
+    dx, dw = torch.autograd.grad(theirs, (p.x, p.w))
+    for options, bound in (({"margin": 1}, 1e-12), ({"margin": 4, "lam": 1e12}, 1e-9)):
+        loss = functional.lsoftmax_loss(p.x, p.w, p.y, **options)
+        ours = torch.autograd.grad(loss, (p.x, p.w))
+        assert relative_error(loss.detach(), theirs.detach()) < bound
+        assert relative_error(ours[0], dx) < bound
+        assert relative_error(ours[1], dw) < bound
+
+
+@pytest.mark.parametrize("margin", [2, 3, 4])
+def test_against_pytorch_metric_learning(margin: int, device: str) -> None:
+    """lam = 0 is their loss, away from cos = 0 and zero rows, where they are not finite."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    p = problem(16, 8, 10, torch.float64, device)
+    theirs = losses.LargeMarginSoftmaxLoss(10, 8, margin=margin, scale=1).to(device)
+    theirs.W = torch.nn.Parameter(p.w.detach().t().clone())
+    x = p.x.detach().clone().requires_grad_()
+    loss = theirs(x, p.y)
+    loss.backward()
+    ours = functional.lsoftmax_loss(p.x, p.w, p.y, margin)
+    dx, dw = torch.autograd.grad(ours, (p.x, p.w))
+    assert relative_error(ours.detach(), loss.detach()) < 1e-9
+    assert relative_error(dx, x.grad) < 1e-9
+    assert relative_error(dw, theirs.W.grad.t()) < 1e-9
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_gradcheck(smoothing: float, device: str) -> None:
+    """Finite differences, with a gradient per row; so few cosines meet no bucket edge."""
+    p = problem(5, 3, 6, torch.float64, device)
+    weight = torch.rand(6).double().to(device) + 0.5
+
+    def run(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return functional.lsoftmax_loss(
+            x, w, p.y, 3, 0.4, reduction="none", weight=weight, label_smoothing=smoothing
+        )
+
+    assert torch.autograd.gradcheck(run, (p.x, p.w), nondet_tol=0.0)
+
+
+# ---- numbers at the edge -------------------------------------------------------------------------
+
+
+def cornered(cos: float, a: float, b: float, dtype: torch.dtype, device: str) -> Problem:
+    """Row 0 at a given cosine to its class vector, norms a and b, among ordinary rows."""
+    p = problem(6, 8, 9, torch.float64, "cpu")
+    w = F.normalize(p.w.detach()[p.y[0]], dim=0)
+    across = torch.randn(8, dtype=torch.float64)
+    across = F.normalize(across - (across @ w) * w, dim=0)
+    x, weights = p.x.detach().clone(), p.w.detach().clone()
+    x[0] = a * (cos * w + math.sqrt(max(0.0, 1 - cos * cos)) * across)
+    weights[p.y[0]] = b * w
+    x, weights = (t.to(dtype).to(device).requires_grad_() for t in (x, weights))
+    return Problem(x, weights, p.y.to(device))
+
+
+@pytest.mark.parametrize("margin", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_any_angle_and_norm_is_finite_and_right(
+    margin: int, dtype: torch.dtype, device: str
+) -> None:
+    """Parallel, antiparallel, cos 0, every bucket edge; |x| and |w| zero, tiny, huge."""
+    edges = [math.cos(j * math.pi / margin) for j in range(margin + 1)]
+    norms = [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1e-20, 1.0), (1.0, 1e-20)]
+    norms += [(1e4, 1.0), (1e-20, 1e4)]
+    bound = 1e-9 if dtype == torch.float64 else 1e-5
+    for (a, b), cos in itertools.product(norms, {*edges, 0.0}):
+        p = cornered(cos, a, b, dtype, device)
+        options = {"margin": margin, "lam": 0.25, "reduction": "none"}
+        ours, truth = p.loss(**options), p.true_loss(**options)
+        for name, value, true in zip(("loss", "dx", "dw"), ours, truth, strict=True):
+            assert torch.isfinite(value).all(), (name, a, b, cos)
+            assert relative_error(value, true) < bound, (name, a, b, cos)
+
+
+def test_zero_row_leaves_zero(device: str) -> None:
+    """Where the angle is undefined the gradient is plain softmax's, not zero and not NaN."""
+    p = cornered(0.5, 0.0, 1.0, torch.float64, device)
+    _, dx, _ = p.loss(margin=4, reduction="sum")
+    plain = F.cross_entropy(F.linear(p.x, p.w), p.y, reduction="sum")
+    (theirs,) = torch.autograd.grad(plain, p.x)
+    upstream = 0.5  # what Problem.loss sends into a scalar
+    torch.testing.assert_close(dx[0], upstream * theirs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("log_p", [-5.0, -12.0, -20.7])
+def test_nearly_certain_rows_keep_their_digits(
+    log_p: float, dtype: torch.dtype, device: str
+) -> None:
+    """At 1 - p_y = 1e-9, lse - f and p - 1 in float32 are 0; loss and gradients must not be."""
+    # Powers of two and one feature a class: every product is exact, the truth is known.
+    c = 8
+    w = torch.eye(c, dtype=torch.float64)
+    x = torch.zeros(4, c, dtype=torch.float64)
+    y = torch.arange(4)
+    target = round((math.log(c - 1) - log_p) * 64) / 64
+    x[torch.arange(4), y] = target
+    p = Problem(*(t.to(dtype).to(device).requires_grad_() for t in (x, w)), y.to(device))
+    options = {"margin": 3, "lam": 0.0, "reduction": "none"}
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    ours, truth = p.loss(**options), p.true_loss(**options)
+    assert (truth[0] < 3 * math.exp(log_p)).all(), "the case is not the one meant"
+    for value, true in zip(ours, truth, strict=True):
+        assert relative_error(value, true) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peaks_anywhere_in_a_long_row(dtype: torch.dtype, device: str) -> None:
+    """One logit far above all seen before it, early, late and twice: references must be raised."""
+    n, c = 8, 9000
+    p = problem(n, 16, c, dtype, device, norm=1.0)
+    with torch.no_grad():
+        for i in range(n):
+            rank = F.normalize(p.x[i].float(), dim=0)
+            for place, size in ((c - 1 - i, 60), (5000 + 3 * i, 120), (4200 + 700 * (i % 2), 90)):
+                p.w[place] = (rank * size / p.x[i].float().norm()).to(dtype)
+        p.y.fill_(17)
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_right(p, bound, bound, margin=4, lam=1.0)
+    assert_right(p, bound, bound, margin=4, lam=1.0, label_smoothing=0.1)
+
+
+def test_rows_far_below_and_above_zero(device: str) -> None:
+    """Logits around +-1000: only differences may matter."""
+    p = problem(6, 4, 40, torch.float32, device)
+    with torch.no_grad():
+        p.x[:, 0], p.w[:, 0] = 100.0, 10.0
+        p.x[3:, 0] = -100.0
+    assert_right(p, 1e-5, 1e-4, margin=2, lam=1.0)
+
+
+# ---- behaviour -----------------------------------------------------------------------------------
+
+
+def test_no_rows(device: str) -> None:
+    x = torch.empty(0, 4, device=device, requires_grad=True)
+    w = torch.randn(3, 4, device=device, requires_grad=True)
+    y = torch.empty(0, dtype=torch.int64, device=device)
+    assert functional.lsoftmax_loss(x, w, y, reduction="mean").isnan()  # 0 / 0, as torch
+    assert functional.lsoftmax_loss(x, w, y, reduction="none").shape == (0,)
+    loss = functional.lsoftmax_loss(x, w, y, reduction="sum")
+    loss.backward()
+    assert loss == 0
+    assert x.grad.shape == (0, 4)
+    assert torch.equal(w.grad, torch.zeros_like(w))
+
+
+def test_all_rows_ignored(device: str) -> None:
+    p = problem(3, 4, 5, torch.float32, device)
+    p.y.fill_(-100)
+    loss, dx, dw = p.loss(reduction="sum")
+    assert loss == 0
+    assert not dx.any()
+    assert not dw.any()
+    assert functional.lsoftmax_loss(p.x, p.w, p.y).isnan()
+
+
+def test_ignored_rows_may_hold_anything(device: str) -> None:
+    """NaN and Inf in an ignored row reach nothing; ignore_index may be a class."""
+    for smoothing in (0.0, 0.3):
+        p = problem(5, 4, 6, torch.float32, device)
+        p.y[2] = 3
+        options = {"ignore_index": 3, "label_smoothing": smoothing, "margin": 2}
+        expected = p.loss(**options)
+        with torch.no_grad():
+            p.x[2] = torch.tensor([math.nan, math.inf, 0, 1])
+        for value, before in zip(p.loss(**options), expected, strict=True):
+            torch.testing.assert_close(value, before)
+
+
+def test_a_single_sample(device: str) -> None:
+    p = problem(1, 6, 4, torch.float64, device)
+    one = functional.lsoftmax_loss(p.x[0], p.w, p.y[0], reduction="none")
+    assert one.shape == ()
+    batch = functional.lsoftmax_loss(p.x, p.w, p.y, reduction="none")
+    torch.testing.assert_close(one, batch[0])
+
+
+@pytest.mark.parametrize("frozen", ["x", "w"])
+def test_frozen_inputs(frozen: str, device: str) -> None:
+    p = problem(9, 7, 12, torch.float32, device)
+    _, dx, dw = p.loss(label_smoothing=0.1)
+    getattr(p, frozen).requires_grad_(False)
+    loss = functional.lsoftmax_loss(p.x, p.w, p.y, label_smoothing=0.1)
+    wanted, expected = (p.w, dw) if frozen == "x" else (p.x, dx)
+    (gradient,) = torch.autograd.grad(loss, wanted, torch.tensor(0.5, device=device))
+    assert torch.equal(gradient, expected)
+
+
+def test_no_gradient_wanted(device: str) -> None:
+    p = problem(9, 7, 12, torch.float32, device)
+    expected = functional.lsoftmax_loss(p.x, p.w, p.y)
+    with torch.no_grad():
+        assert torch.equal(functional.lsoftmax_loss(p.x, p.w, p.y), expected)
+    detached = functional.lsoftmax_loss(p.x.detach(), p.w.detach(), p.y)
+    assert not detached.requires_grad
+    assert torch.equal(detached, expected)
+
+
+def test_strides_and_alignment(device: str) -> None:
+    """Transposed, sliced and one-element-off inputs give the numbers of their contiguous copies."""
+    p = problem(10, 9, 11, torch.float32, device)
+    odd = torch.empty(10 * 9 + 1, device=device)[1:].view(10, 9).copy_(p.x.detach())
+    wide = torch.zeros(11, 20, device=device)
+    wide[:, 3:12] = p.w.detach()
+    targets = torch.stack((p.y, p.y), dim=1)[:, 0]
+    for x in (odd, p.x.detach().t().contiguous().t()):
+        variant = Problem(x.requires_grad_(), wide[:, 3:12].requires_grad_(), targets)
+        for value, expected in zip(variant.loss(), p.loss(), strict=True):
+            torch.testing.assert_close(value, expected)
+
+
+def test_second_backward_and_saved_tensors(device: str) -> None:
+    """Backward changes nothing it saved: with retain_graph it gives the same bits again."""
+    for dtype in (torch.float32, torch.bfloat16):
+        p = problem(12, 16, 40, dtype, device)
+        loss = functional.lsoftmax_loss(p.x, p.w, p.y, 4, 0.1)
+        first = torch.autograd.grad(loss, (p.x, p.w), retain_graph=True)
+        second = torch.autograd.grad(loss, (p.x, p.w))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_bitwise_repeatable(device: str) -> None:
+    p = problem(64, 33, 5, torch.float32, device)  # every class many times: sums of many shares
+    runs = [p.loss(margin=4, lam=0.2, label_smoothing=0.1) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_double_backward_says_no(device: str) -> None:
+    p = problem(4, 3, 5, torch.float64, device)
+    loss = functional.lsoftmax_loss(p.x, p.w, p.y)
+    (dx,) = torch.autograd.grad(loss, p.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dx.sum().backward()
+
+
+def test_lam_tensor_is_read_not_saved(device: str) -> None:
+    """lam is annealed in place: changing it between forward and backward must not matter."""
+    p = problem(6, 5, 8, torch.float64, device)
+    lam = torch.tensor(2.0, device=device)
+    loss = functional.lsoftmax_loss(p.x, p.w, p.y, 3, lam)
+    lam.zero_()
+    ours = torch.autograd.grad(loss, (p.x, p.w))
+    theirs = torch.autograd.grad(reference.lsoftmax_loss(p.x, p.w, p.y, 3, 2.0), (p.x, p.w))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_sanitizer_smoke(device: str) -> None:
+    """Every kernel once, at sizes with every kind of edge: what a sanitizer is pointed at."""
+    for dtype, (n, d, c) in itertools.product(FLOATS, ((3, 7, 10), (33, 64, 1001))):
+        p = problem(n, d, c, dtype, device)
+        p.y[0] = -100
+        for reduction in ("mean", "none"):
+            p.loss(reduction=reduction, label_smoothing=0.1, weight=torch.ones(c, device=device))
+        p.loss()
+        with torch.no_grad():
+            functional.lsoftmax_loss(p.x, p.w, p.y)
+        p.y[0] = c - 1
+        p.logits(torch.randn(n, c, device=device).to(dtype))
