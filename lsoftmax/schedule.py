@@ -123,6 +123,7 @@ class LambdaSchedule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accepts a checkpoint of a layer without annealing: training then starts on this curve."""
-        if not any(prefix + name in state_dict for name in ("steps", "lam")):
+        saved = any(prefix + name in state_dict for name in ("steps", "lam"))
+        if not saved and not self.is_constant:
             state_dict.update({prefix + "steps": self.steps, prefix + "lam": self.lam})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

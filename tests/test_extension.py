@@ -80,7 +80,7 @@ def toolkit(home: Path, headers: bool = True) -> Path:
     nvcc.chmod(0o755)
     if headers:
         (home / "include").mkdir()
-        (home / "include" / "cuda_runtime_api.h").touch()
+        (home / "include" / "cuda_runtime.h").touch()
     return home
 
 

@@ -1,0 +1,140 @@
+"""The ops as torch sees them: opcheck, torch.compile, autocast, and the warning without kernels."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lsoftmax
+from lsoftmax import functional, portable
+from problems import problem, relative_error
+
+
+def samples(name: str, device: str) -> list[tuple]:
+    """Arguments of every op, in every storage type."""
+    out = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        p = problem(6, 5, 9, dtype, device)
+        x, w = p.x.detach(), p.w.detach()
+        lam = torch.tensor(0.5, device=device)
+        weight = torch.rand(9, dtype=portable.accumulate_type(dtype)).to(device)
+        for reduction, smoothing, save in ((0, 0.0, True), (1, 0.1, True), (2, 0.1, False)):
+            fwd = (x, w, p.y, 3, lam, weight, reduction, -100, smoothing, save)
+            if name == "loss_fwd":
+                out.append(fwd)
+            if name == "loss_bwd" and save:
+                loss, e, rows, divisor = torch.ops.lsoftmax.loss_fwd(*fwd)
+                grad = torch.randn_like(loss)
+                for needs in ((True, True), (True, False), (False, True)):
+                    saved = (grad, x, w, p.y, e, rows, divisor, -100, smoothing)
+                    out.append((*saved, *needs))
+        if name == "linear_fwd":
+            out.append((x, w, p.y, 3, lam))
+        if name == "linear_bwd":
+            logits, coefficients = torch.ops.lsoftmax.linear_fwd(x, w, p.y, 3, lam)
+            grad = torch.randn_like(logits)
+            out.append((grad, x, w, p.y, coefficients, True, True))
+    return out
+
+
+@pytest.mark.parametrize("name", ["loss_fwd", "loss_bwd", "linear_fwd", "linear_bwd"])
+def test_opcheck(name: str, device: str) -> None:
+    """Schema, fake shapes, types, strides and functionalization, by torch's own checker."""
+    op = getattr(torch.ops.lsoftmax, name).default
+    for args in samples(name, device):
+        torch.library.opcheck(op, args)
+
+
+class Model(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), head
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).relu(), y)
+
+
+@pytest.mark.parametrize("layer", [lsoftmax.LSoftmaxLoss, lsoftmax.LSoftmaxLinear])
+def test_compile_fullgraph(layer: type, device: str) -> None:
+    """No graph break, the eager numbers, and annealing goes on without a recompile."""
+    torch._dynamo.reset()
+    eager = Model(layer(8, 10, margin=4)).to(device)
+    other = Model(layer(8, 10, margin=4)).to(device)
+    other.load_state_dict(eager.state_dict())
+    recompiles = torch._dynamo.config.patch(error_on_recompile=True)
+    with recompiles:
+        compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            x, y = torch.randn(5, 6).to(device), torch.randint(10, (5,)).to(device)
+            ours, theirs = compiled(x, y), eager(x, y)
+            torch.testing.assert_close(ours, theirs)
+            upstream = torch.randn_like(theirs)
+            for model, out in ((other, ours), (eager, theirs)):
+                model.zero_grad()
+                out.backward(upstream)
+            for a, b in zip(other.parameters(), eager.parameters(), strict=True):
+                torch.testing.assert_close(a.grad, b.grad)
+    assert other.head.schedule.steps == 3
+    assert torch.equal(other.head.lam, eager.head.lam)
+
+
+def test_compile_with_inductor(device: str) -> None:
+    torch._dynamo.reset()
+    model = Model(lsoftmax.LSoftmaxLoss(8, 10)).to(device)
+    x, y = torch.randn(5, 6).to(device), torch.randint(10, (5,)).to(device)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the generated code's compiler has its own
+        loss = torch.compile(model, fullgraph=True)(x, y)
+        loss.backward()
+    gradient = model.head.linear.weight.grad.clone()
+    model.zero_grad()
+    model.load_state_dict(state)
+    expected = model(x, y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, model.head.linear.weight.grad)
+
+
+def test_autocast(device: str) -> None:
+    """Products in the autocast type, loss in float32, gradients in the parameters' type."""
+    p = problem(32, 24, 50, torch.float32, device)
+    kind = torch.device(device).type
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        loss = functional.lsoftmax_loss(p.x, p.w, p.y, 4, 1.0)
+        logits = functional.lsoftmax_linear(p.x, p.w, p.y, 4, 1.0)
+    assert loss.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
+    dx, dw = torch.autograd.grad(loss, (p.x, p.w))
+    assert dx.dtype == dw.dtype == torch.float32
+    narrow = functional.lsoftmax_loss(p.x.bfloat16(), p.w.bfloat16(), p.y, 4, 1.0)
+    assert torch.equal(loss, narrow), "autocast must not cast again inside"
+    truth = torch.autograd.grad(
+        functional.lsoftmax_loss(p.x.double(), p.w.double(), p.y, 4, 1.0), (p.x, p.w)
+    )
+    assert relative_error(dx, truth[0]) < 2e-2
+    assert relative_error(dw, truth[1]) < 2e-2
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        wide = problem(4, 3, 5, torch.float64, device)
+        assert functional.lsoftmax_loss(wide.x, wide.w, wide.y).dtype == torch.float64
+        mixed = functional.lsoftmax_loss(p.x.bfloat16(), p.w, p.y)  # a bf16 body, a float32 head
+    assert mixed.dtype == torch.float32
+
+
+def test_backward_under_autocast_is_the_same(device: str) -> None:
+    p = problem(8, 6, 7, torch.float32, device)
+    loss = functional.lsoftmax_loss(p.x, p.w, p.y)
+    expected = torch.autograd.grad(loss, (p.x, p.w), retain_graph=True)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        inside = torch.autograd.grad(loss, (p.x, p.w))
+    assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
+
+
+def test_kernels_serve_the_ops(device: str, backend: str) -> None:
+    """Which implementation ran, by the dispatcher's word: else every other test proves nothing."""
+    key = {"cuda": "CUDA"}.get(backend, "CPU")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key("lsoftmax::loss_fwd", key)
+    assert has == (backend != "portable")
