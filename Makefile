@@ -34,6 +34,11 @@ $(if $(PY),,$(error PYTHON=$(PYTHON) is not there))
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
+# Kernels or an error. (Up here, so that a package installed without them counts as out of date.)
+ifneq ($(filter gpu-check,$(MAKECMDGOALS)),)
+export LSOFTMAX_CUDA := 1
+endif
+
 SOURCES := $(wildcard csrc/* lsoftmax/*.py lsoftmax/py.typed) setup.py pyproject.toml MANIFEST.in
 SETTINGS := $(LSOFTMAX_CUDA)/$(LSOFTMAX_WERROR)/$(TORCH_CUDA_ARCH_LIST)/$(CUDA_HOME)$(CUDA_PATH)
 PYTHON_FILES := $(wildcard lsoftmax tests examples benchmarks) setup.py
@@ -108,7 +113,6 @@ test: $(STATE)/package
 test-install: $(STATE)/package
 	cd tests && $(PY) -m pytest -m install test_install.py $(PYTEST_ARGS)
 
-gpu-check: export LSOFTMAX_CUDA := 1
 gpu-check: $(STATE)/package
 	@mkdir -p build
 	@$(GPU_CHECK) 2>&1 | tee build/gpu-check.log

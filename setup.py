@@ -14,7 +14,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -71,9 +70,8 @@ def find_cuda_home() -> Path:
     guesses = [Path(found).resolve().parents[1]] if found else []
     for home in [Path(named)] if named else [*guesses, Path("/usr/local/cuda")]:
         # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
-        headers = [home / "include", *home.glob("targets/*/include")]
-        has_headers = any((path / "cuda_runtime_api.h").is_file() for path in headers)
-        if (home / "bin/nvcc").is_file() and (named or has_headers):
+        headers = [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include")]
+        if (home / "bin/nvcc").is_file() and (named or headers):
             return home
     where = f"in CUDA_HOME={named}" if named else "on PATH or in /usr/local/cuda"
     raise NoKernelsError(f"there is no nvcc {where}: install the CUDA toolkit or set CUDA_HOME")
@@ -129,7 +127,7 @@ def compile_flags(torch_includes: list[str]) -> dict[str, list[str]]:
 
 def write_build_info(directory: Path, **facts: Any) -> None:
     """For the loader, which reads it before it imports `_C`: what was built, or why nothing was."""
-    facts["python"] = ".".join(platform.python_version_tuple()[:2])
+    facts["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
     (directory / "_build_info.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -161,8 +159,7 @@ def with_kernels() -> dict[str, Any]:
                 super().run()
             except Exception:
                 say(
-                    "lsoftmax: compiling the CUDA kernels failed. If memory ran out: MAX_JOBS=1. "
-                    "To install without them: LSOFTMAX_CUDA=0"
+                    "lsoftmax: compiling failed. No memory: MAX_JOBS=1. No kernels: LSOFTMAX_CUDA=0"
                 )
                 raise
             write_build_info(Path(self.get_ext_fullpath("lsoftmax._C")).parent, **facts)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, portable, reference
+from .margin import accumulate_type
 
 __all__ = ["lsoftmax_linear", "lsoftmax_loss", "psi"]
 
@@ -89,9 +90,9 @@ def lsoftmax_loss(
     if weight is not None:
         check_class_weight(weight, linear_weight.shape[0])
         _check_device("weight", weight, input)
-        weight = weight.to(portable.accumulate_type(input.dtype)).contiguous()
+        weight = weight.to(accumulate_type(input.dtype)).contiguous()
 
-    rows, targets = torch.atleast_2d(input), torch.atleast_1d(target)
+    rows, targets = _as_batch(input, target)
     loss = ops.loss(
         rows,
         linear_weight,
@@ -134,7 +135,7 @@ def lsoftmax_linear(
     input, linear_weight = _autocast(input, linear_weight)
     _check_matrices(input, linear_weight, target)
     margin, lam = check_margin(margin), _lam_tensor(lam, input)
-    rows, targets = torch.atleast_2d(input), torch.atleast_1d(target)
+    rows, targets = _as_batch(input, target)
     logits = ops.linear(rows, linear_weight, targets, margin, lam)
     return logits.reshape(*target.shape, linear_weight.shape[0])
 
@@ -150,7 +151,7 @@ def check_margin(margin: int) -> int:
 
 def check_lam(lam: float) -> float:
     """A constant lam as a float; TypeError or ValueError unless it is finite and >= 0."""
-    if isinstance(lam, bool) or not isinstance(lam, int | float):
+    if isinstance(lam, bool) or not isinstance(lam, (int, float)):
         raise TypeError(f"lam: expected a number >= 0, got {_kind(lam)}")
     if not (math.isfinite(lam) and lam >= 0):
         raise ValueError(f"lam: expected a finite number >= 0, got {lam}")
@@ -163,7 +164,7 @@ def check_loss_options(reduction: str, ignore_index: int, label_smoothing: float
         raise ValueError(f"reduction: expected one of {list(_REDUCTIONS)}, got {reduction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer, got {_kind(ignore_index)}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, int | float):
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(
             f"label_smoothing: expected a number in [0, 1], got {_kind(label_smoothing)}"
         )
@@ -227,6 +228,12 @@ def _check_matrices(input: Tensor, linear_weight: Tensor, target: Tensor) -> Non
         )
     _check_device("linear_weight", linear_weight, input)
     _check_device("target", target, input)
+
+
+def _as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if input.dim() == 2:
+        return input, target
+    return input.unsqueeze(0), target.unsqueeze(0)
 
 
 def _lam_tensor(lam: float | Tensor, input: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, portable
+from .margin import accumulate_type
 
 _library = torch.library.Library("lsoftmax", "DEF")
 _library.define(
@@ -44,10 +45,11 @@ def _register_portable(name: str) -> None:
         ].device.type  # the second argument of every op is a feature or weight matrix
         if device == "cuda":
             _extension.warn_once_no_kernels()
-        if torch.is_autocast_enabled(device):  # types were chosen by the caller: do not cast again
-            with torch.autocast(device, enabled=False):
+        with torch.no_grad():  # the gradient's formula is one level up
+            if not torch.is_autocast_enabled(device):
                 return function(*args)
-        return function(*args)
+            with torch.autocast(device, enabled=False):  # the caller has chosen the types
+                return function(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
 
@@ -70,7 +72,7 @@ def _loss_fwd_fake(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = input.shape[0]
-    dtype = portable.accumulate_type(input.dtype)
+    dtype = accumulate_type(input.dtype)
     e_shape, e_dtype = portable.e_storage(input, linear_weight.shape[0], label_smoothing)
     return (
         input.new_empty([n] if reduction == portable.NONE else [], dtype=dtype),
@@ -104,7 +106,7 @@ def _linear_fwd_fake(
     n = input.shape[0]
     return (
         input.new_empty([n, linear_weight.shape[0]]),
-        input.new_empty([3, n], dtype=portable.accumulate_type(input.dtype)),
+        input.new_empty([3, n], dtype=accumulate_type(input.dtype)),
     )
 
 

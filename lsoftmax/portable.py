@@ -20,21 +20,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .margin import margin_terms
+from .margin import Vector, accumulate_type, margin_terms, namespace, vector
 
 NONE, MEAN, SUM = range(3)  # reductions, numbered as in ATen
 
-# The row pass goes over the logits in blocks of this many, which stay in a core's cache between its
-# steps: one read and one write of memory instead of six.
-_BLOCK_LOGITS = 1 << 17
-
-
-def accumulate_type(dtype: torch.dtype) -> torch.dtype:
-    """The type of logits, row statistics and losses for inputs of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# The row pass goes over the logits in blocks of this many (16 MB), which stay in a last-level cache
+# between its steps. Not less: each step of each block is a barrier for torch's threads.
+_BLOCK_LOGITS = 1 << 22
 
 
 def e_storage(
@@ -93,96 +89,97 @@ def loss_fwd(
     n, num_classes = input.shape[0], linear_weight.shape[0]
     dtype = accumulate_type(input.dtype)
     index, kept = _valid_targets(target, num_classes, ignore_index)
-    f, alpha, beta, gamma = margin_terms(input, linear_weight, index, margin, lam)
-
     e_shape, e_dtype = e_storage(input, num_classes, label_smoothing if save else 0.0)
     in_place = e_dtype == dtype
     z_all = input.new_empty(e_shape if in_place else [n, num_classes], dtype=dtype)
-    z = z_all[:n]
+    z = z_all[:n] if z_all.shape[0] > n else z_all
     torch.mm(input.to(dtype), linear_weight.to(dtype).t(), out=z)
     column = index.unsqueeze(1)
+    plain = z.gather(1, column).squeeze(1)
+    f, alpha, beta, gamma = margin_terms(input, linear_weight, index, margin, lam, plain)
     z_sum = None
     if label_smoothing > 0:
         z.scatter_(1, column, 0.0)
-        z_sum = (z.sum(1) if weight is None else torch.mv(z, weight)).double()
+        z_sum = vector(z.sum(1) if weight is None else torch.mv(z, weight))
     z.scatter_(1, column, -math.inf)
-    r, e_sum = _exponentials(z, f.to(dtype))
-    e = z
-    margin_gap = e_sum.log() + r - f  # L - f
-    softplus = torch.logaddexp(margin_gap, margin_gap.new_zeros(()))
-    s = (f - r).exp_().add_(e_sum)
-    t = -torch.sigmoid(margin_gap)
+    r, e_sum = _exponentials(z, torch.as_tensor(f).to(dtype))
+
+    xp = namespace(input)
+    with np.errstate(divide="ignore"):  # without another class, log 0
+        gap = xp.log(e_sum) + r - f  # L - f
+    log_p = xp.where(gap < 0, 0.0, -gap) - xp.log1p(xp.exp(-abs(gap)))  # -softplus(gap)
+    t = xp.expm1(log_p)
     row_loss, target_gradient, a_total, constant = _row_terms(
-        f, softplus, t, z_sum, index, weight, num_classes, label_smoothing
+        f, log_p, t, z_sum, index, weight, num_classes, label_smoothing
     )
     if kept is not None:
-        row_loss = torch.where(kept, row_loss, 0.0)
+        kept_rows = kept.numpy() if xp is np else kept
+        row_loss = xp.where(kept_rows, row_loss, 0.0)
     loss, divisor = _reduce(row_loss, index, kept, weight, reduction, dtype)
     if not save:
         return loss, input.new_empty(0, dtype=e_dtype), input.new_empty(0, dtype=dtype), divisor
 
-    scale = s.reciprocal() if a_total is None else a_total / s
+    scale = a_total * xp.exp(r - f + log_p)  # A / S
     # The target's part of dX and dW, the constant part of column y taken back.
     target_share = target_gradient * alpha + constant
+    columns = (scale, target_gradient * beta, target_gradient * gamma, target_share)
+    rows = torch.stack([torch.as_tensor(column) for column in columns]).to(dtype)
     if in_place:  # into E, in units of its scale
-        e_y = -e_sum * alpha
-        if a_total is not None:
-            e_y = target_share * s / torch.where(a_total == 0, 1.0, a_total)
-        e.scatter_(1, column, e_y.to(dtype).unsqueeze(1))
-    rows = torch.stack((scale, target_gradient * beta, target_gradient * gamma, target_share))
+        e_y = target_share / xp.where(scale == 0, 1.0, scale)
+        z.scatter_(1, column, torch.as_tensor(e_y).to(dtype).unsqueeze(1))
     if kept is not None:
-        rows = torch.where(kept, rows, 0.0)
-        e.masked_fill_(~kept.unsqueeze(1), 0.0)  # what is ignored may be NaN: 0 * NaN is not 0
+        rows.masked_fill_(~kept, 0.0)
+        z.masked_fill_(~kept.unsqueeze(1), 0.0)  # what is ignored may be NaN: 0 * NaN is not 0
+    e = z_all
     if not in_place:
-        z_all = input.new_zeros(e_shape, dtype=e_dtype)
-        z_all[:n, :num_classes] = e
+        e = input.new_zeros(e_shape, dtype=e_dtype)
+        e[:n, :num_classes] = z
     if label_smoothing > 0:
-        z_all[n, :num_classes] = 1.0 if weight is None else weight
-    return loss, z_all, rows.to(dtype), divisor
+        e[n, :num_classes] = 1.0 if weight is None else weight
+    return loss, e, rows, divisor
 
 
-def _exponentials(z: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """z <- exp(z - r), in place; r = max(f, max z) and the sums of the rows, (N,) float64."""
+def _exponentials(z: Tensor, f: Tensor) -> tuple[Vector, Vector]:
+    """z <- exp(z - r), in place; r = max(f, max z) and the sums of the rows."""
     block = max(1, _BLOCK_LOGITS // z.shape[1])
-    references, sums = [], []
+    statistics = []
     for z_rows, f_rows in zip(z.split(block), f.split(block), strict=True):
         r = torch.maximum(z_rows.amax(1), f_rows)
-        references.append(r)
-        sums.append(z_rows.sub_(r.unsqueeze(1)).exp_().sum(1))
-    return torch.cat(references).double(), torch.cat(sums).double()
+        sums = z_rows.sub_(r.unsqueeze(1)).exp_().sum(1)
+        statistics.append(torch.stack((r, sums)))
+    r, e_sum = vector(torch.cat(statistics, dim=1))
+    return r, e_sum
 
 
 def _row_terms(
-    f: Tensor,
-    softplus: Tensor,
-    t: Tensor,
-    z_sum: Tensor | None,
+    f: Vector,
+    log_p: Vector,
+    t: Vector,
+    z_sum: Vector | None,
     index: Tensor,
     weight: Tensor | None,
     num_classes: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
-    """Per row: the loss; dz_y / g = A p_y - q_y; A (None for 1); the constant part of column y.
+) -> tuple[Vector, Vector, Vector | float, Vector | float]:
+    """Per row: the loss; dz_y / g = A p_y - q_y; A; the constant part of column y.
 
     q_j = (1 - eps) w_y [j = y] + eps / C w_j, so A = (1 - eps) w_y + eps / C sum of w, and with
     p_y = 1 + t the gradient A p_y - q_y = A t + eps / C (sum of w - w_y) has no cancellation.
     """
-    if weight is None and label_smoothing == 0:
-        return softplus, t, None, 0.0
-    w_y = torch.ones_like(f) if weight is None else weight.index_select(0, index).double()
+    w_y = 1.0 if weight is None else vector(weight.index_select(0, index))
     if label_smoothing == 0:
-        return w_y * softplus, w_y * t, w_y, 0.0
+        return -w_y * log_p, w_y * t, w_y, 0.0
     assert z_sum is not None
     share = label_smoothing / num_classes
-    w_sum = float(num_classes) if weight is None else weight.double().sum()
+    w_sum = num_classes if weight is None else vector(weight.sum())
     a_total = (1 - label_smoothing) * w_y + share * w_sum
-    uniform = w_sum * (f + softplus) - z_sum - w_y * f
-    row_loss = (1 - label_smoothing) * w_y * softplus + share * uniform
+    uniform = w_sum * (f - log_p) - z_sum - w_y * f
+    row_loss = share * uniform - (1 - label_smoothing) * w_y * log_p
     return row_loss, a_total * t + share * (w_sum - w_y), a_total, share * w_y
 
 
 def _reduce(
-    row_loss: Tensor,
+    row_loss: Vector,
     index: Tensor,
     kept: Tensor | None,
     weight: Tensor | None,
@@ -190,17 +187,20 @@ def _reduce(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The loss and what divided it: the sum of the kept targets' weights for a mean, else 1."""
+    device = index.device
     if reduction == NONE:
-        return row_loss.to(dtype), row_loss.new_ones((), dtype=dtype)
+        return torch.as_tensor(row_loss).to(dtype), torch.ones((), dtype=dtype, device=device)
+    total = torch.as_tensor(row_loss).sum().to(dtype)
     if reduction == SUM:
-        return row_loss.sum().to(dtype), row_loss.new_ones((), dtype=dtype)
+        return total, torch.ones((), dtype=dtype, device=device)
     if weight is None:
-        count = index.shape[0] if kept is None else kept.sum()
-        divisor = torch.as_tensor(count, dtype=torch.float64, device=row_loss.device)
+        count = torch.full((), index.shape[0], dtype=dtype, device=device)
+        divisor = count if kept is None else kept.sum()
     else:
         w_y = weight.index_select(0, index).double()
         divisor = (w_y if kept is None else torch.where(kept, w_y, 0.0)).sum()
-    return (row_loss.sum() / divisor).to(dtype), divisor.to(dtype)
+    divisor = divisor.to(dtype)
+    return total / divisor, divisor
 
 
 def loss_bwd(
@@ -220,35 +220,36 @@ def loss_bwd(
     n, num_classes = input.shape[0], linear_weight.shape[0]
     dtype = rows.dtype
     x, w = input.to(dtype), linear_weight.to(dtype)
-    ignored = target == ignore_index
-    if target.device.type != "cpu" or bool(ignored.any()):
-        x = x.masked_fill(ignored.unsqueeze(1), 0.0)
-    g = torch.where(ignored, 0.0, grad / divisor)
-    scale, input_share, weight_share, target_share = g * rows
-    if e.dtype == dtype:
-        target_share = None  # it is in E
-    e_rows = e[:n, :num_classes].to(dtype)
+    index, kept = _valid_targets(target, num_classes, ignore_index)
+    if kept is not None:
+        x = torch.where(kept.unsqueeze(1), x, 0.0)
+        grad = torch.where(kept, grad, 0.0)
+    g = grad / divisor
+    scale, input_share, weight_share, target_share = (g * rows).unbind()
+    others = None if e.dtype == dtype else target_share  # None: it is in E
+    e_rows = e if e.shape == (n, num_classes) else e[:n, :num_classes]
+    e_rows = e_rows.to(dtype)
     scale_e = num_classes < input.shape[1]  # scale the smaller factor: E, or X
     if scale_e:
         e_rows = e_rows * scale.unsqueeze(1)
     constant = None
     if label_smoothing > 0:
-        constant = e[n, :num_classes].to(dtype), g * (-label_smoothing / num_classes)
+        constant = e[n, :num_classes].to(dtype), (g * (-label_smoothing / num_classes)).expand(n)
 
     grad_input = grad_weight = input.new_empty(0)
+    if need_weight:  # first: its temporaries take the room that dX will
+        dw = torch.mm(e_rows.t(), x if scale_e else x * scale.unsqueeze(1))
+        if constant is not None:
+            dw.addr_(constant[0], torch.mv(x.t(), constant[1]))
+        dw = add_class_shares(dw, x, w, index, weight_share, others)
+        grad_weight = dw.to(linear_weight.dtype)
     if need_input:
         dx = torch.mm(e_rows, w)
         if not scale_e:
             dx.mul_(scale.unsqueeze(1))
         if constant is not None:
             dx.addr_(constant[1], torch.mv(w.t(), constant[0]))
-        grad_input = add_shares(dx, x, w, target, input_share, target_share).to(input.dtype)
-    if need_weight:
-        dw = torch.mm(e_rows.t(), x if scale_e else x * scale.unsqueeze(1))
-        if constant is not None:
-            dw.addr_(constant[0], torch.mv(x.t(), constant[1]))
-        dw = add_class_shares(dw, x, w, target, weight_share, target_share)
-        grad_weight = dw.to(linear_weight.dtype)
+        grad_input = add_shares(dx, x, w, index, input_share, others).to(input.dtype)
     return grad_input, grad_weight
 
 
@@ -258,8 +259,7 @@ def add_shares(
     """dx_i += own_i x_i + others_i w_y."""
     dx.addcmul_(x, own.unsqueeze(1))
     if others is not None:
-        index = target.clamp(0, w.shape[0] - 1)  # an ignored target has share 0
-        dx.addcmul_(w.index_select(0, index), others.unsqueeze(1))
+        dx.addcmul_(w.index_select(0, target), others.unsqueeze(1))
     return dx
 
 
@@ -267,17 +267,12 @@ def add_class_shares(
     dw: Tensor, x: Tensor, w: Tensor, target: Tensor, own: Tensor, others: Tensor | None
 ) -> Tensor:
     """dw_c += sum over {i: y_i = c} of own_i w_c + others_i x_i; touches the targets' rows only."""
-    num_classes = w.shape[0]
-    index = target.clamp(0, num_classes - 1)  # an ignored target has share 0
     if others is not None:
-        dw.index_add_(0, index, x * others.unsqueeze(1))
-    h = own.new_zeros(num_classes).index_add_(0, index, own)
-    if num_classes <= target.shape[0]:
+        dw.index_add_(0, target, x * others.unsqueeze(1))
+    if w.shape[0] <= target.shape[0]:
+        h = own.new_zeros(w.shape[0]).index_add_(0, target, own)
         return dw.addcmul_(w, h.unsqueeze(1))
-    # Repeated classes get equal rows, so which one is written does not matter.
-    classes = index.unique()
-    dw[classes] += w[classes] * h[classes].unsqueeze(1)
-    return dw
+    return dw.index_add_(0, target, w.index_select(0, target).mul_(own.unsqueeze(1)))
 
 
 def linear_fwd(
@@ -287,8 +282,9 @@ def linear_fwd(
     index, _ = _valid_targets(target, linear_weight.shape[0], ignore_index=-1 - 2**62)
     logits = torch.nn.functional.linear(input, linear_weight)
     f, *coefficients = margin_terms(input, linear_weight, index, margin, lam)
-    logits.scatter_(1, index.unsqueeze(1), f.to(logits.dtype).unsqueeze(1))
-    return logits, torch.stack(coefficients).to(accumulate_type(input.dtype))
+    logits.scatter_(1, index.unsqueeze(1), torch.as_tensor(f).to(logits.dtype).unsqueeze(1))
+    rows = torch.as_tensor(namespace(input).stack(coefficients))
+    return logits, rows.to(accumulate_type(input.dtype))
 
 
 def linear_bwd(

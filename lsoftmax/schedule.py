@@ -56,7 +56,7 @@ class LambdaSchedule(nn.Module):
         super().__init__()
         parameters = {"base": base, "gamma": gamma, "power": power, "minimum": minimum}
         for name, value in parameters.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value}")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import lsoftmax
-from lsoftmax import functional, portable
+from lsoftmax import functional
+from lsoftmax.margin import accumulate_type
 from problems import problem, relative_error
 
 
@@ -20,7 +21,7 @@ def samples(name: str, device: str) -> list[tuple]:
         p = problem(6, 5, 9, dtype, device)
         x, w = p.x.detach(), p.w.detach()
         lam = torch.tensor(0.5, device=device)
-        weight = torch.rand(9, dtype=portable.accumulate_type(dtype)).to(device)
+        weight = torch.rand(9, dtype=accumulate_type(dtype)).to(device)
         for reduction, smoothing, save in ((0, 0.0, True), (1, 0.1, True), (2, 0.1, False)):
             fwd = (x, w, p.y, 3, lam, weight, reduction, -100, smoothing, save)
             if name == "loss_fwd":
