@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,13 @@ def vector(numbers: Tensor) -> Vector:
 def namespace(tensor: Tensor) -> Any:
     """The library whose functions take the vectors that belong to ``tensor``."""
     return np if tensor.device.type == "cpu" else torch
+
+
+def stacked(vectors: Sequence[Vector], dtype: torch.dtype) -> Tensor:
+    """Vectors as the rows of a tensor."""
+    if isinstance(vectors[0], np.ndarray):
+        return torch.from_numpy(np.array(vectors)).to(dtype)
+    return torch.stack(tuple(vectors)).to(dtype)
 
 
 def psi_and_derivative(c: Vector, margin: int) -> tuple[Vector, Vector]:

@@ -19,18 +19,22 @@ distribution, dz_j = g (A p_j - q_j), where A = sum of q (``_row_terms``).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .margin import Vector, accumulate_type, margin_terms, namespace, vector
+from .margin import Vector, accumulate_type, margin_terms, namespace, stacked, vector
 
 NONE, MEAN, SUM = range(3)  # reductions, numbered as in ATen
 
 # The row pass goes over the logits in blocks of this many (16 MB), which stay in a last-level cache
 # between its steps. Not less: each step of each block is a barrier for torch's threads.
 _BLOCK_LOGITS = 1 << 22
+
+# So few that numpy, on one core, is done before torch has called its threads.
+_FEW_LOGITS = 1 << 14
 
 
 def e_storage(
@@ -123,7 +127,7 @@ def loss_fwd(
     # The target's part of dX and dW, the constant part of column y taken back.
     target_share = target_gradient * alpha + constant
     columns = (scale, target_gradient * beta, target_gradient * gamma, target_share)
-    rows = torch.stack([torch.as_tensor(column) for column in columns]).to(dtype)
+    rows = stacked(columns, dtype)
     if in_place:  # into E, in units of its scale
         e_y = target_share / xp.where(scale == 0, 1.0, scale)
         z.scatter_(1, column, torch.as_tensor(e_y).to(dtype).unsqueeze(1))
@@ -141,14 +145,18 @@ def loss_fwd(
 
 def _exponentials(z: Tensor, f: Tensor) -> tuple[Vector, Vector]:
     """z <- exp(z - r), in place; r = max(f, max z) and the sums of the rows."""
+    if z.device.type == "cpu" and z.numel() <= _FEW_LOGITS:
+        return _exponentials_of(z.numpy(), f.numpy(), np)
     block = max(1, _BLOCK_LOGITS // z.shape[1])
-    statistics = []
-    for z_rows, f_rows in zip(z.split(block), f.split(block), strict=True):
-        r = torch.maximum(z_rows.amax(1), f_rows)
-        sums = z_rows.sub_(r.unsqueeze(1)).exp_().sum(1)
-        statistics.append(torch.stack((r, sums)))
-    r, e_sum = vector(torch.cat(statistics, dim=1))
-    return r, e_sum
+    blocks = zip(z.split(block), f.split(block), strict=True)
+    r, e_sum = zip(*(_exponentials_of(*rows, torch) for rows in blocks), strict=True)
+    return vector(torch.cat(r)), vector(torch.cat(e_sum))
+
+
+def _exponentials_of(z: Any, f: Any, xp: Any) -> tuple[Any, Any]:
+    r = xp.maximum(xp.amax(z, 1), f)
+    xp.subtract(z, r[:, None], out=z)
+    return r, xp.sum(xp.exp(z, out=z), 1)
 
 
 def _row_terms(
@@ -187,20 +195,20 @@ def _reduce(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The loss and what divided it: the sum of the kept targets' weights for a mean, else 1."""
-    device = index.device
+    one = torch.ones((), dtype=dtype, device=index.device)
     if reduction == NONE:
-        return torch.as_tensor(row_loss).to(dtype), torch.ones((), dtype=dtype, device=device)
-    total = torch.as_tensor(row_loss).sum().to(dtype)
+        return torch.as_tensor(row_loss).to(dtype), one
+    total = row_loss.sum()
+    if isinstance(row_loss, np.ndarray):
+        total = torch.full((), float(total), dtype=dtype)
     if reduction == SUM:
-        return total, torch.ones((), dtype=dtype, device=device)
-    if weight is None:
-        count = torch.full((), index.shape[0], dtype=dtype, device=device)
-        divisor = count if kept is None else kept.sum()
-    else:
+        return total.to(dtype), one
+    if weight is not None:
         w_y = weight.index_select(0, index).double()
-        divisor = (w_y if kept is None else torch.where(kept, w_y, 0.0)).sum()
-    divisor = divisor.to(dtype)
-    return total / divisor, divisor
+        divisor = (w_y if kept is None else torch.where(kept, w_y, 0.0)).sum().to(dtype)
+    else:
+        divisor = one.fill_(index.shape[0]) if kept is None else kept.sum().to(dtype)
+    return (total / divisor).to(dtype), divisor
 
 
 def loss_bwd(
@@ -283,8 +291,7 @@ def linear_fwd(
     logits = torch.nn.functional.linear(input, linear_weight)
     f, *coefficients = margin_terms(input, linear_weight, index, margin, lam)
     logits.scatter_(1, index.unsqueeze(1), torch.as_tensor(f).to(logits.dtype).unsqueeze(1))
-    rows = torch.as_tensor(namespace(input).stack(coefficients))
-    return logits, rows.to(accumulate_type(input.dtype))
+    return logits, stacked(coefficients, accumulate_type(input.dtype))
 
 
 def linear_bwd(
