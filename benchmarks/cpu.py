@@ -48,6 +48,12 @@ def plain(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w), y)
 
 
+def gemm3(x: Tensor, w: Tensor, e: Tensor) -> None:
+    """The three matrix products alone: what no implementation does without."""
+    with torch.no_grad():
+        torch.mm(x, w.t(), out=e), torch.mm(e, w), torch.mm(e.t(), x)
+
+
 def step(loss: Callable, x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(x, w, y), (x, w))
 
@@ -62,9 +68,7 @@ def seconds(losses: dict[str, Callable], tensors: tuple, budget: float) -> dict[
     order = list(losses)
     while time.perf_counter() - start < budget or len(times["ours"]) < 7:
         for name in order:
-            before = time.perf_counter()
-            step(losses[name], *tensors)
-            times[name].append(time.perf_counter() - before)
+            times[name].append(_timed(lambda loss=losses[name]: step(loss, *tensors)))
         order.reverse()
     return times
 
@@ -98,13 +102,24 @@ def measure(shape: tuple[int, int, int], budget: float) -> dict:
     tensors = inputs(*shape)
     losses = {"ours": ours, "plain": plain}
     row: dict = {"shape": shape}
+    with torch.no_grad():
+        e = torch.empty(shape[0], shape[2])
+        products = [_timed(lambda: gemm3(*tensors[:2], e)) for _ in range(15)]
+    row["gemm3_ms"] = statistics.median(products) * 1e3
     for name, times in seconds(losses, tensors, budget).items():
         p20, p50, p80 = (statistics.quantiles(times, n=10)[k] for k in (1, 4, 7))
         row[name] = {"ms": p50 * 1e3, "ms_20": p20 * 1e3, "ms_80": p80 * 1e3, "runs": len(times)}
         row[name]["peak_mb"] = peak_bytes(losses[name], *tensors) / 1e6
     row["time_ratio"] = row["ours"]["ms"] / row["plain"]["ms"]
+    row["gemm3_ratio"] = row["gemm3_ms"] / row["plain"]["ms"]
     row["loss_error"], row["gradient_error"] = errors(*tensors)
     return row
+
+
+def _timed(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def machine() -> dict:
@@ -133,10 +148,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result = {"machine": machine(), "command": f"python -m benchmarks.cpu --threads {args.threads}"}
     result |= {"margin": MARGIN, "lam": LAM, "dtype": "float32", "rows": []}
-    print(
-        "| N, D, C | ours, ms | plain, ms | ratio | peak, MB: ours | plain | error: loss | grad |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ("N, D, C", "ours, ms", "plain, ms", "ratio", "gemm3, ms")
+    heads += ("peak MB: ours", "plain", "error: loss", "gradient")
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
     for shape in SHAPES:
         row = measure(shape, args.seconds)
         result["rows"].append(row)
@@ -144,6 +159,7 @@ def main() -> None:
         print(
             f"| {', '.join(map(str, shape))} | {a['ms']:.3g} ({a['ms_20']:.3g}-{a['ms_80']:.3g}) "
             f"| {b['ms']:.3g} ({b['ms_20']:.3g}-{b['ms_80']:.3g}) | {row['time_ratio']:.2f} "
+            f"| {row['gemm3_ms']:.3g} "
             f"| {a['peak_mb']:.2f} | {b['peak_mb']:.2f} "
             f"| {row['loss_error']:.0e} | {row['gradient_error']:.0e} |",
             flush=True,

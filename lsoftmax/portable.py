@@ -33,6 +33,10 @@ NONE, MEAN, SUM = range(3)  # reductions, numbered as in ATen
 # between its steps. Not less: each step of each block is a barrier for torch's threads.
 _BLOCK_LOGITS = 1 << 22
 
+# Classes a matrix product of the forward pass takes on a CPU: MKL is 10 to 15% faster on panels of
+# 512 to 2,000 rows of W than on 10^4 to 10^5 of them.
+_PANEL_CLASSES = 1024
+
 # So few that numpy, on one core, is done before torch has called its threads.
 _FEW_LOGITS = 1 << 14
 
@@ -97,7 +101,7 @@ def loss_fwd(
     in_place = e_dtype == dtype
     z_all = input.new_empty(e_shape if in_place else [n, num_classes], dtype=dtype)
     z = z_all[:n] if z_all.shape[0] > n else z_all
-    torch.mm(input.to(dtype), linear_weight.to(dtype).t(), out=z)
+    _logits(input.to(dtype), linear_weight.to(dtype), z)
     column = index.unsqueeze(1)
     plain = z.gather(1, column).squeeze(1)
     f, alpha, beta, gamma = margin_terms(input, linear_weight, index, margin, lam, plain)
@@ -141,6 +145,13 @@ def loss_fwd(
     if label_smoothing > 0:
         e[n, :num_classes] = 1.0 if weight is None else weight
     return loss, e, rows, divisor
+
+
+def _logits(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """x @ w.T; on a CPU a panel of classes at a time, which then stays in cache."""
+    panel = w.shape[0] if x.device.type != "cpu" else _PANEL_CLASSES
+    for columns, classes in zip(out.split(panel, dim=1), w.split(panel), strict=True):
+        torch.mm(x, classes.t(), out=columns)
 
 
 def _exponentials(z: Tensor, f: Tensor) -> tuple[Vector, Vector]:
