@@ -142,6 +142,7 @@ cudaError_t launch_backward_rows(const BackwardRows<T>& params, cudaStream_t str
 
 template <typename T>
 cudaError_t launch_constant_row(const ConstantRow<T>& params, cudaStream_t stream) {
+  if (params.d == 0) return cudaSuccess;
   const int64_t blocks = (params.d + kColumns - 1) / kColumns;
   return launch(constant_row_kernel<T>, blocks, kColumns * kRowLanes, stream, params);
 }

@@ -201,18 +201,39 @@ def test_nearly_certain_rows_keep_their_digits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peaks_anywhere_in_a_long_row(dtype: torch.dtype, device: str) -> None:
-    """One logit far above all seen before it, early, late and twice: references must be raised."""
-    n, c = 8, 9000
-    p = problem(n, 16, c, dtype, device, norm=1.0)
+    """Logits far above all that a row's reference was chosen from, so that it must be raised.
+
+    A block looks at 8192 logits first, and its thread t owns packs of 4 that are 2048 apart.
+    """
+    c, late = 12_001, 8600
+    peaks = [
+        {late: 60},  # one thread raises, the others follow at the end
+        {late: 60, late + 2048: 130},  # the same thread twice: it rescales what it wrote
+        {late: 60, late + 1000: 130},  # two threads, the second higher
+        {late + 1000: 60, late: 130},
+        {late: 60, late + 1: 130, late + 2: 20},  # in one pack
+        {100: 60, late: 130},  # above a reference that is high already
+        {c - 1: 130, late: 90},  # in the ragged tail
+        {late: 35},  # near enough to stay
+    ]
+    n = len(peaks)
+    p = problem(n, 16, c, dtype, device)
     with torch.no_grad():
-        for i in range(n):
-            rank = F.normalize(p.x[i].float(), dim=0)
-            for place, size in ((c - 1 - i, 60), (5000 + 3 * i, 120), (4200 + 700 * (i % 2), 90)):
-                p.w[place] = (rank * size / p.x[i].float().norm()).to(dtype)
+        p.x.zero_()
+        p.x[:, :n] = torch.eye(n)  # a column of W a row
+        for i, row in enumerate(peaks):
+            for place, size in row.items():
+                p.w[place, i] = size
         p.y.fill_(17)
+        p.y[1], p.y[5] = late, late  # the peak itself may be the target
     bound = 1e-5 if dtype == torch.float32 else 1e-2
-    assert_right(p, bound, bound, margin=4, lam=1.0)
-    assert_right(p, bound, bound, margin=4, lam=1.0, label_smoothing=0.1)
+    for options in ({}, {"label_smoothing": 0.1}):
+        options = {"margin": 4, "lam": 1.0, "reduction": "none", **options}
+        ours, truth = p.loss(**options), p.true_loss(**options)
+        for name, value, true in zip(("loss", "dx", "dw"), ours, truth, strict=True):
+            assert relative_error(value, true) < bound, name
+        for i in range(n):  # every row by itself: a large one hides the others
+            assert relative_error(ours[1][i], truth[1][i]) < bound, i
 
 
 def test_rows_far_below_and_above_zero(device: str) -> None:
