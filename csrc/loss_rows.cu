@@ -180,12 +180,13 @@ template <typename T>
 __device__ void finish_row(const LossRows<T>& p, int64_t i, Row<T>& row, const MarginTerms& m,
                            const RowSums<typename Storage<T>::Acc>& sums) {
   using A = typename Storage<T>::Acc;
-  const double f = static_cast<double>(static_cast<A>(m.f)),
-               r = static_cast<double>(sums.reference);
+  // f as it is, not as the row's reference rounded it: E_y and beta x nearly cancel, so what goes
+  // into the one must be what went into the other.
+  const double r = static_cast<double>(sums.reference);
   const double e_sum = static_cast<double>(sums.e_sum);
   const double gap = log(e_sum) + r - m.f;  // L - f: loss = softplus(gap), p_y - 1 = -sigmoid(gap)
   const double softplus = gap > 0 ? gap + log1p(exp(-gap)) : log1p(exp(gap));
-  const double s = e_sum + exp(f - r);
+  const double s = e_sum + exp(m.f - r);
   const double t = gap > 0 ? -1 / (1 + exp(-gap)) : -exp(gap) / (1 + exp(gap));
 
   const double w_y =
