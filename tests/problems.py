@@ -67,3 +67,13 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     difference = (value.double() - truth.double()).norm()
     scale = truth.double().norm()
     return float(difference / scale) if scale > 0 else float(difference)
+
+
+def assert_right(p: Problem, loss_bound: float, gradient_bound: float, **options) -> None:
+    ours, truth = p.loss(**options), p.true_loss(**options)
+    assert ours[0].dtype == (torch.float64 if p.x.dtype == torch.float64 else torch.float32)
+    assert ours[0].shape == truth[0].shape
+    assert (ours[1].dtype, ours[2].dtype) == (p.x.dtype, p.w.dtype)
+    bounds = (loss_bound, gradient_bound, gradient_bound)
+    for name, value, true, bound in zip(("loss", "dx", "dw"), ours, truth, bounds, strict=True):
+        assert relative_error(value, true) <= bound, name

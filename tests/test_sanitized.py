@@ -24,7 +24,7 @@ SELECTED = "smoke or strides or peaks or engine_checks or no_rows or out_of_rang
 
 def test_kernels_under_sanitizers() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--backend", "sanitized", "-k", SELECTED]
-    command += ["test_loss.py", "test_linear.py", "test_errors.py"]
+    command += ["test_loss.py", "test_edges.py", "test_linear.py", "test_errors.py"]
     environment = {**os.environ, **build.sanitizer_environment()}
     run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]

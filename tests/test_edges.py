@@ -1,0 +1,135 @@
+"""The fused loss where numbers get difficult: any angle and norm, certain rows, peaks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from problems import Problem, assert_right, problem, relative_error
+
+
+def cornered(cos: float, a: float, b: float, dtype: torch.dtype, device: str) -> Problem:
+    """Row 0 at a given cosine to its class vector, norms a and b, among ordinary rows."""
+    p = problem(6, 8, 9, torch.float64, "cpu")
+    w = F.normalize(p.w.detach()[p.y[0]], dim=0)
+    across = torch.randn(8, dtype=torch.float64)
+    across = F.normalize(across - (across @ w) * w, dim=0)
+    x, weights = p.x.detach().clone(), p.w.detach().clone()
+    x[0] = a * (cos * w + math.sqrt(max(0.0, 1 - cos * cos)) * across)
+    weights[p.y[0]] = b * w
+    x, weights = (t.to(dtype).to(device).requires_grad_() for t in (x, weights))
+    return Problem(x, weights, p.y.to(device))
+
+
+@pytest.mark.parametrize("margin", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_any_angle_and_norm_is_finite_and_right(
+    margin: int, dtype: torch.dtype, device: str
+) -> None:
+    """Parallel, antiparallel, cos 0, every bucket edge; |x| and |w| zero, tiny, huge."""
+    edges = [math.cos(j * math.pi / margin) for j in range(margin + 1)]
+    norms = [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1e-20, 1.0), (1.0, 1e-20)]
+    norms += [(1e4, 1.0), (1e-20, 1e4)]
+    for (a, b), cos in itertools.product(norms, {*edges, 0.0}):
+        # Logits of 1e4 are known to 1e-3 in float32, and so is which of two is the larger.
+        bound = 1e-9 if dtype == torch.float64 else 1e-2 if max(a, b) > 1 else 1e-5
+        p = cornered(cos, a, b, dtype, device)
+        options = {"margin": margin, "lam": 0.25, "reduction": "none"}
+        ours, truth = p.loss(**options), p.true_loss(**options)
+        for name, value, true in zip(("loss", "dx", "dw"), ours, truth, strict=True):
+            assert torch.isfinite(value).all(), (name, a, b, cos)
+            assert relative_error(value, true) < bound, (name, a, b, cos)
+
+
+def test_zero_row_leaves_zero(device: str) -> None:
+    """Where the angle is undefined the gradient is plain softmax's, not zero and not NaN."""
+    p = cornered(0.5, 0.0, 1.0, torch.float64, device)
+    _, dx, _ = p.loss(margin=4, reduction="sum")
+    plain = F.cross_entropy(F.linear(p.x, p.w), p.y, reduction="sum")
+    (theirs,) = torch.autograd.grad(plain, p.x)
+    upstream = 0.5  # what Problem.loss sends into a scalar
+    torch.testing.assert_close(dx[0], upstream * theirs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("log_p", [-5.0, -12.0, -20.7])
+def test_nearly_certain_rows_keep_their_digits(
+    log_p: float, dtype: torch.dtype, device: str
+) -> None:
+    """At 1 - p_y = 1e-9, lse - f and p - 1 in float32 are 0; loss and gradients must not be."""
+    # Powers of two and one feature a class: every product is exact, the truth is known.
+    c = 8
+    w = torch.eye(c, dtype=torch.float64)
+    x = torch.zeros(4, c, dtype=torch.float64)
+    y = torch.arange(4)
+    target = round((math.log(c - 1) - log_p) * 64) / 64
+    x[torch.arange(4), y] = target
+    p = Problem(*(t.to(dtype).to(device).requires_grad_() for t in (x, w)), y.to(device))
+    options = {"margin": 3, "lam": 0.0, "reduction": "none"}
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    ours, truth = p.loss(**options), p.true_loss(**options)
+    assert (truth[0] < 3 * math.exp(log_p)).all(), "the case is not the one meant"
+    for value, true in zip(ours, truth, strict=True):
+        assert relative_error(value, true) < bound
+
+
+@pytest.mark.parametrize("d", [2, 64])
+def test_features_on_their_class_vectors(d: int, device: str) -> None:
+    """psi magnifies an error of the cosine by m^2, and alpha w_y and beta x nearly cancel."""
+    for margin, _ in itertools.product((2, 4), range(12)):
+        w = F.normalize(torch.randn(30, d, dtype=torch.float64), dim=1)
+        w[0] *= 20  # f about 20, the others' logits about 1
+        x = F.normalize(w[:1] / 20 + 1e-2 * torch.randn(1, d, dtype=torch.float64) / d**0.5, dim=1)
+        x, w = (t.float().to(device).requires_grad_() for t in (x, w))
+        p = Problem(x, w, torch.zeros(1, dtype=torch.int64, device=device))
+        assert_right(p, 1e-5, 1e-5, margin=margin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peaks_anywhere_in_a_long_row(dtype: torch.dtype, device: str) -> None:
+    """Logits far above all that a row's reference was chosen from, so that it must be raised.
+
+    A block looks at 8192 logits first, and its thread t owns packs of 4 that are 2048 apart.
+    """
+    c, late = 12_001, 8600
+    peaks = [
+        {late: 60},  # one thread raises, the others follow at the end
+        {late: 60, late + 2048: 130},  # the same thread twice: it rescales what it wrote
+        {late: 60, late + 1000: 130},  # two threads, the second higher
+        {late + 1000: 60, late: 130},
+        {late: 60, late + 1: 130, late + 2: 20},  # in one pack
+        {100: 60, late: 130},  # above a reference that is high already
+        {c - 1: 130, late: 90},  # in the ragged tail
+        {late: 35},  # near enough to stay
+    ]
+    n = len(peaks)
+    p = problem(n, 16, c, dtype, device)
+    with torch.no_grad():
+        p.x.zero_()
+        p.x[:, :n] = torch.eye(n)  # a column of W a row
+        for i, row in enumerate(peaks):
+            for place, size in row.items():
+                p.w[place, i] = size
+        p.y.fill_(17)
+        p.y[1], p.y[5] = late, late  # the peak itself may be the target
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    for options in ({}, {"label_smoothing": 0.1}):
+        options = {"margin": 4, "lam": 1.0, "reduction": "none", **options}
+        ours, truth = p.loss(**options), p.true_loss(**options)
+        for name, value, true in zip(("loss", "dx", "dw"), ours, truth, strict=True):
+            assert relative_error(value, true) < bound, name
+        for i in range(n):  # every row by itself: a large one hides the others
+            assert relative_error(ours[1][i], truth[1][i]) < bound, i
+
+
+def test_rows_far_below_and_above_zero(device: str) -> None:
+    """Logits around +-1000: only differences may matter."""
+    p = problem(6, 4, 40, torch.float32, device)
+    with torch.no_grad():
+        p.x[:, 0], p.w[:, 0] = 100.0, 10.0
+        p.x[3:, 0] = -100.0
+    assert_right(p, 1e-5, 1e-4, margin=2, lam=1.0)
