@@ -11,7 +11,8 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& linear_
   check_margin(margin, lam, input);
   const Scope scope(input);
   const Tensor x = input.contiguous(), w = linear_weight.contiguous(), y = target.contiguous();
-  Tensor logits = at::linear(x, w);
+  // Of the tensors as they came, so that the other logits are F.linear's bit for bit.
+  Tensor logits = at::linear(input, linear_weight).contiguous();
   Tensor coefficients = at::empty({3, x.size(0)}, x.options().dtype(accumulate_type(x)));
   if (x.size(0) == 0) return {logits, coefficients};
   for_type(x, [&](auto zero) {

@@ -89,7 +89,8 @@ def _near_cosines(
 ) -> Vector:
     """cos = 1 - |w_y / b - x / a|^2 / 2: near 1 the chord keeps the digits of 1 - cos."""
     a, b = torch.as_tensor(a).to(dtype).unsqueeze(1), torch.as_tensor(b).to(dtype).unsqueeze(1)
-    step = max(1, _CHUNK // max(1, x.shape[1]))
+    on_cpu = x.device.type == "cpu"  # elsewhere a chunk is launches, and saves nothing
+    step = max(1, _CHUNK // max(1, x.shape[1]) if on_cpu else x.shape[0])
     chords = []
     for start in range(0, max(1, x.shape[0]), step):
         part = slice(start, start + step)

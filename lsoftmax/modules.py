@@ -62,7 +62,8 @@ class LSoftmaxLoss(_Annealed):
         margin: integer m >= 1; 1 is plain softmax.
         lam: annealing: a :class:`LambdaSchedule` (which then belongs to this layer), a constant
             >= 0, or None for the default schedule (base 1000, gamma 0.12, power 1, minimum 5).
-        device, dtype: of the weight.
+        device: of the module.
+        dtype: of ``linear.weight``.
         reduction, weight, ignore_index, label_smoothing: as :class:`torch.nn.CrossEntropyLoss`.
 
     Shape:
@@ -101,6 +102,8 @@ class LSoftmaxLoss(_Annealed):
             functional.check_class_weight(weight, num_classes)
         self.linear = nn.Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
         self._init_margin(margin, lam, self.linear.weight.device)
+        if weight is not None:
+            weight = weight.to(self.linear.weight.device)
         self.register_buffer("weight", weight)
         self.reduction = reduction
         self.ignore_index = ignore_index

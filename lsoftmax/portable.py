@@ -158,7 +158,8 @@ def _exponentials(z: Tensor, f: Tensor) -> tuple[Vector, Vector]:
     """z <- exp(z - r), in place; r = max(f, max z) and the sums of the rows."""
     if z.device.type == "cpu" and z.numel() <= _FEW_LOGITS:
         return _exponentials_of(z.numpy(), f.numpy(), np)
-    block = max(1, _BLOCK_LOGITS // z.shape[1])
+    on_cpu = z.device.type == "cpu"  # elsewhere a block is launches, and saves nothing
+    block = max(1, _BLOCK_LOGITS // z.shape[1] if on_cpu else z.shape[0])
     blocks = zip(z.split(block), f.split(block), strict=True)
     r, e_sum = zip(*(_exponentials_of(*rows, torch) for rows in blocks), strict=True)
     return vector(torch.cat(r)), vector(torch.cat(e_sum))
@@ -242,8 +243,9 @@ def loss_bwd(
     index, kept = _valid_targets(target, num_classes, ignore_index)
     if kept is not None:
         x = torch.where(kept.unsqueeze(1), x, 0.0)
-        grad = torch.where(kept, grad, 0.0)
     g = grad / divisor
+    if kept is not None:
+        g = torch.where(kept, g, 0.0)  # after the division: of no kept rows it is NaN
     scale, input_share, weight_share, target_share = (g * rows).unbind()
     others = None if e.dtype == dtype else target_share  # None: it is in E
     e_rows = e if e.shape == (n, num_classes) else e[:n, :num_classes]
@@ -300,7 +302,10 @@ def linear_fwd(
     """Margin logits (N, C), and alpha, beta, gamma of each row for backward, (3, N)."""
     index, _ = _valid_targets(target, linear_weight.shape[0], ignore_index=-1 - 2**62)
     logits = torch.nn.functional.linear(input, linear_weight)
-    f, *coefficients = margin_terms(input, linear_weight, index, margin, lam)
+    plain = None
+    if logits.dtype == accumulate_type(input.dtype):  # else rounded to 16 bits
+        plain = logits.gather(1, index.unsqueeze(1)).squeeze(1)
+    f, *coefficients = margin_terms(input, linear_weight, index, margin, lam, plain)
     logits.scatter_(1, index.unsqueeze(1), torch.as_tensor(f).to(logits.dtype).unsqueeze(1))
     return logits, stacked(coefficients, accumulate_type(input.dtype))
 

@@ -21,7 +21,8 @@ class LambdaSchedule(nn.Module):
     updated in place on its device, without synchronising it (source: the authors'
     ``largemargin_inner_product`` layer).
 
-    A schedule belongs to one layer: two that share it would each advance it.
+    A schedule belongs to one layer: two that share it would each advance it. Under activation
+    checkpointing of the layer itself, which runs its forward twice, use ``auto_step=False``.
 
     Args:
         base: lam before the first step, >= 0.
@@ -115,9 +116,16 @@ class LambdaSchedule(nn.Module):
         """Module.to(), half() and so on: the device changes, lam stays float32 to the last bit."""
         lam = self.lam
         super()._apply(fn, recurse)
-        if self.lam.dtype != torch.float32:
+        if lam.is_meta and not self.lam.is_meta:  # to_empty(): there were no numbers to move
+            self.reset_parameters()
+        elif self.lam.dtype != torch.float32:
             self.lam = lam.to(self.steps.device)
         return self
+
+    def reset_parameters(self) -> None:
+        """Back to before the first step; a schedule made on the meta device begins here."""
+        self.steps = torch.zeros_like(self.steps)
+        self.lam = torch.full_like(self.steps, self.value(0), dtype=torch.float32)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -26,12 +26,13 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     ],
 )
 def test_every_size_and_type(n: int, d: int, c: int, device: str) -> None:
-    assert_right(problem(n, d, c, torch.float64, device), 1e-12, 1e-12, margin=4, lam=0.5)
-    assert_right(problem(n, d, c, torch.float32, device), 1e-6, 1e-5, margin=3, lam=2.0)
+    # A gradient of one number is a sum that may cancel to a few digits.
+    loose = 1000 if min(n, d) == 1 else 1
+    assert_right(problem(n, d, c, torch.float64, device), 1e-12, 1e-12 * loose, margin=4, lam=0.5)
+    assert_right(problem(n, d, c, torch.float32, device), 1e-6, 1e-5 * loose, margin=3, lam=2.0)
     for dtype in (torch.bfloat16, torch.float16):
         p = problem(n, d, c, dtype, device)
-        # Errors average over many numbers; of one or two, a sum that cancels may keep few digits.
-        bound = 2 * rounding_error(p, dtype, margin=4, lam=0.5) if min(n, d) > 1 else math.inf
+        bound = 2 * rounding_error(p, dtype, margin=4, lam=0.5) if loose == 1 else math.inf
         assert_right(p, 1e-5, bound, margin=4, lam=0.5)
 
 
@@ -144,7 +145,10 @@ def test_all_rows_ignored(device: str) -> None:
     assert loss == 0
     assert not dx.any()
     assert not dw.any()
-    assert functional.lsoftmax_loss(p.x, p.w, p.y).isnan()
+    loss = functional.lsoftmax_loss(p.x, p.w, p.y)
+    assert loss.isnan()  # 0 / 0, as torch
+    for gradient in torch.autograd.grad(loss, (p.x, p.w)):
+        assert not gradient.any(), "nothing to learn from, and no NaN in the weights"
 
 
 def test_ignored_rows_may_hold_anything(device: str) -> None:

@@ -194,6 +194,18 @@ def test_copies_are_apart() -> None:
     assert other.schedule.steps == 0
 
 
+@pytest.mark.parametrize("lam", [None, 3.0])
+def test_made_on_the_meta_device(lam: float | None) -> None:
+    """Sharded training makes models there: to_empty() must not leave garbage for lam."""
+    head = LSoftmaxLoss(6, 5, lam=lam, device="meta", weight=torch.ones(5))
+    assert {tensor.device.type for tensor in [*head.parameters(), *head.buffers()]} == {"meta"}
+    assert head(torch.empty(2, 6, device="meta"), torch.empty(2, device="meta").long()).is_meta
+    head.to_empty(device="cpu")
+    assert head.schedule.steps == 0
+    assert float(head.lam) == (lam or 1000.0)
+    assert head.lam.dtype == torch.float32
+
+
 # ---- the layers ----------------------------------------------------------------------------------
 
 
