@@ -93,7 +93,7 @@ def loss_fwd(
     label_smoothing: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss; for backward (where ``save``) E and three numbers a row; the mean's divisor."""
+    """The loss; for backward (where ``save``) E and four numbers a row; the mean's divisor."""
     n, num_classes = input.shape[0], linear_weight.shape[0]
     dtype = accumulate_type(input.dtype)
     index, kept = _valid_targets(target, num_classes, ignore_index)
@@ -156,9 +156,9 @@ def _logits(x: Tensor, w: Tensor, out: Tensor) -> None:
 
 def _exponentials(z: Tensor, f: Tensor) -> tuple[Vector, Vector]:
     """z <- exp(z - r), in place; r = max(f, max z) and the sums of the rows."""
-    if z.device.type == "cpu" and z.numel() <= _FEW_LOGITS:
-        return _exponentials_of(z.numpy(), f.numpy(), np)
     on_cpu = z.device.type == "cpu"  # elsewhere a block is launches, and saves nothing
+    if on_cpu and z.numel() <= _FEW_LOGITS:
+        return _exponentials_of(z.numpy(), f.numpy(), np)
     block = max(1, _BLOCK_LOGITS // z.shape[1] if on_cpu else z.shape[0])
     blocks = zip(z.split(block), f.split(block), strict=True)
     r, e_sum = zip(*(_exponentials_of(*rows, torch) for rows in blocks), strict=True)
@@ -241,10 +241,9 @@ def loss_bwd(
     dtype = rows.dtype
     x, w = input.to(dtype), linear_weight.to(dtype)
     index, kept = _valid_targets(target, num_classes, ignore_index)
-    if kept is not None:
-        x = torch.where(kept.unsqueeze(1), x, 0.0)
     g = grad / divisor
     if kept is not None:
+        x = torch.where(kept.unsqueeze(1), x, 0.0)
         g = torch.where(kept, g, 0.0)  # after the division: of no kept rows it is NaN
     scale, input_share, weight_share, target_share = (g * rows).unbind()
     others = None if e.dtype == dtype else target_share  # None: it is in E
