@@ -1,0 +1,103 @@
+"""Every implementation that is measured: ours in all its regimes, the reference, the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lsoftmax import functional, reference
+from lsoftmax.plan import Plan
+
+from .floors import REGIMES
+from .peers import (
+    Compiled,
+    CrossEntropy,
+    CutCrossEntropy,
+    Liger,
+    LinearCrossEntropy,
+    MetricLearning,
+    Published,
+    Quack,
+)
+from .provider import Bound, Provider, UnsupportedError
+
+Loss = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+
+
+class Function(Provider):
+    """A provider that is a function of (x, w, y, margin, lam)."""
+
+    def __init__(self, name: str, loss: Loss, arrays: float) -> None:
+        self.name, self.loss, self.arrays = name, loss, arrays
+
+
+class Regime(Provider):
+    """Ours, forced into one of its ways round the N x C logits by a memory budget."""
+
+    def __init__(self, regime: str) -> None:
+        self.regime, self.name, self.arrays = regime, f"{OURS.name} ({regime})", OURS.arrays
+
+    def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
+        budget = self.budget(x, w)
+        loss = partial(functional.lsoftmax_loss, x, w, y, margin, lam, memory_budget=budget)
+        return Bound(loss, (x, w))
+
+    def budget(self, x: Tensor, w: Tensor) -> int:
+        """The largest, in steps of a fifth, that leads to the regime in training."""
+        x = x.detach().requires_grad_()
+        unlimited = 2**62
+        whole = functional.plan(x, w, memory_budget=unlimited).bytes
+        for budget in (unlimited, *(int(whole * 0.8**k) + 1 for k in range(1, 31))):
+            if regime_of(functional.plan(x, w, memory_budget=budget)) == self.regime:
+                return budget
+        raise UnsupportedError(f"no memory budget leads to {self.regime} here")
+
+
+def regime_of(plan: Plan) -> str:
+    chunks = "class chunks" if plan.class_chunk else "row chunks"
+    return chunks if plan.class_chunk or plan.row_chunk else "in budget"
+
+
+class Products(Provider):
+    """The three bare matrix products, in the type of the inputs: what to compare times with.
+
+    `step` takes all three, `evaluate` the first alone.
+    """
+
+    name, limit, arrays = "matrix products alone", True, 1
+
+    def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
+        return BoundProducts(partial(torch.mm, x.detach(), w.detach().t()), (x, w))
+
+
+class BoundProducts(Bound):
+    @torch.no_grad()
+    def step(self, scale: float = 1.0) -> tuple[Tensor | None, ...]:
+        x, w = self.leaves
+        logits = self.loss()
+        return logits.mm(w), logits.t().mm(x)
+
+
+PRODUCTS = Products()
+OURS = Function("ours", functional.lsoftmax_loss, arrays=2)
+REFERENCE = Function("reference", reference.lsoftmax_loss, arrays=5)
+
+PROVIDERS: list[Provider] = [
+    PRODUCTS,
+    OURS,  # as it chooses by itself
+    *(Regime(regime) for regime in REGIMES),
+    REFERENCE,
+    Compiled(REFERENCE),
+    Published(),
+    MetricLearning(),
+    CrossEntropy(),
+    Compiled(CrossEntropy()),
+    LinearCrossEntropy(),
+    Liger(),
+    CutCrossEntropy("cut-cross-entropy", exact=False),
+    CutCrossEntropy("cut-cross-entropy, unfiltered", exact=True),
+    Quack(),
+]
