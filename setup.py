@@ -30,6 +30,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 MIN_ARCH = (8, 0)
 DEFAULT_ARCHS = {(8, 0), (9, 0), (10, 0), (12, 0)}
+HOPPER = (9, 0)
 
 
 class NoKernelsError(Exception):
@@ -101,7 +102,8 @@ def check_release(nvcc_version: str, home: Path, torch: Any) -> str:
 def choose_archs(list_gpu_arch: str, gpus: set[tuple[int, int]]) -> str:
     """A TORCH_CUDA_ARCH_LIST for these GPUs; for all we support where there are none.
 
-    (There torch raises IndexError.) The newest also gets PTX, which GPUs yet to come can run.
+    (There torch raises IndexError.) The newest also gets PTX, which GPUs yet to come can run. For
+    Hopper it is 9.0a, with the matrix instructions that no other GPU has, and that no PTX carries.
     """
     known = {(int(a), int(b)) for a, b in re.findall(r"compute_(\d+)(\d)\b", list_gpu_arch)}
     usable = {arch for arch in known if arch >= MIN_ARCH}
@@ -111,7 +113,13 @@ def choose_archs(list_gpu_arch: str, gpus: set[tuple[int, int]]) -> str:
         archs = {max(fit) for fit in fits if fit}
     if not archs:
         raise NoKernelsError("the kernels need compute capability 8.0, from nvcc and from the GPU")
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(archs)) + "+PTX"
+    specific = {HOPPER} & archs if not gpus or HOPPER in gpus else set()
+    portable = archs - specific
+    names = {arch: f"{arch[0]}.{arch[1]}" for arch in sorted(archs)}
+    names |= {arch: f"{names[arch]}a" for arch in specific}
+    if portable:
+        names[max(portable)] += "+PTX"
+    return ";".join(names.values())
 
 
 def compile_flags(torch_includes: list[str]) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@
 TORCH_LIBRARY_IMPL(lsoftmax, LSOFTMAX_DISPATCH_KEY, m) {
   m.impl("loss_fwd", &lsoftmax::loss_fwd);
   m.impl("loss_bwd", &lsoftmax::loss_bwd);
+  m.impl("loss_and_gradients", &lsoftmax::loss_and_gradients);
   m.impl("linear_fwd", &lsoftmax::linear_fwd);
   m.impl("linear_bwd", &lsoftmax::linear_bwd);
 }

@@ -12,14 +12,20 @@ namespace lsoftmax {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_fwd(
     const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
     int64_t margin, const at::Tensor& lam, const std::optional<at::Tensor>& weight,
-    int64_t reduction, int64_t ignore_index, double label_smoothing, bool save);
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool save,
+    int64_t class_chunk);
 
-std::tuple<at::Tensor, at::Tensor> loss_bwd(const at::Tensor& grad, const at::Tensor& input,
-                                            const at::Tensor& linear_weight,
-                                            const at::Tensor& target, const at::Tensor& e,
-                                            const at::Tensor& rows, const at::Tensor& divisor,
-                                            int64_t ignore_index, double label_smoothing,
-                                            bool need_input, bool need_weight);
+std::tuple<at::Tensor, at::Tensor> loss_bwd(
+    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& linear_weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& e,
+    const at::Tensor& rows, const at::Tensor& divisor, int64_t ignore_index, double label_smoothing,
+    int64_t class_chunk, bool need_input, bool need_weight);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> loss_and_gradients(
+    const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+    int64_t margin, const at::Tensor& lam, const std::optional<at::Tensor>& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t row_chunk,
+    bool need_input, bool need_weight);
 
 std::tuple<at::Tensor, at::Tensor> linear_fwd(const at::Tensor& input,
                                               const at::Tensor& linear_weight,

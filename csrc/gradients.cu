@@ -2,26 +2,58 @@
 //
 // Before them, the upstream gradient goes into the row statistics and into X; after them, the
 // norms' share of the margin is added: a multiple of x_i to row i of dX, a multiple of w_c to row c
-// of dW. A class's shares are summed by the block of its first row in the batch: no atomics, so
-// every run gives the same bits, and rows of dW without a target are not touched.
+// of dW. The rows are sorted by target, and a class's shares are summed by the block of its first
+// row: no atomics, so every run gives the same bits, and rows of dW without a target are not
+// touched.
 
 #include "block.cuh"
 #include "lsoftmax.h"
+#include "order.cuh"
 
 namespace lsoftmax {
 namespace {
 
+// The upstream gradient of a row's loss.
+template <typename T>
+__device__ typename Storage<T>::Acc gradient_of(const BackwardRows<T>& p, int64_t i) {
+  using A = typename Storage<T>::Acc;
+  if (p.target[i] == p.ignore_index) return A(0);  // the mean of no kept rows has an infinite one
+  const A grad = p.grad == nullptr ? A(1) : p.grad[p.grad_per_row ? i : 0];
+  return grad / *p.divisor;
+}
+
+// constant_x of 32 columns of X, one a lane; each warp takes some of the rows.
+template <typename T>
+__device__ void sum_constant_x(const BackwardRows<T>& p, int64_t columns) {
+  using A = typename Storage<T>::Acc;
+  __shared__ SharedArray<A, kMaxThreads> partial;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int64_t j = columns * kWarp + lane;
+  A sum = 0;
+  for (int64_t i = warp; j < p.d && i < p.n; i += warps) {
+    const A share = gradient_of(p, i) * static_cast<A>(p.constant);
+    if (share != 0) sum += share * static_cast<A>(p.x[i * p.d + j]);  // an ignored x may be NaN
+  }
+  partial[static_cast<int>(threadIdx.x)] = sum;
+  __syncthreads();
+  if (warp != 0 || j >= p.d) return;
+  for (int k = 1; k < warps; ++k) sum += partial[k * kWarp + lane];
+  p.constant_x[j] = static_cast<typename Storage<T>::E>(sum);
+}
+
+// A block a row; then, with label smoothing, one for each 32 columns.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(BackwardRows<T> p) {
   using A = typename Storage<T>::Acc;
   const int64_t i = blockIdx.x;
+  if (i >= p.n) return sum_constant_x(p, i - p.n);
   const bool ignored = p.target[i] == p.ignore_index;
-  const A g = ignored ? A(0) : p.grad[p.grad_per_row ? i : 0] / *p.divisor;
-  const A scale = g * p.rows[i];
+  const A g = gradient_of(p, i), scale = g * p.rows[i];
   if (threadIdx.x == 0) {
     for (int64_t k = 0; k < 4; ++k) p.shares[k * p.n + i] = g * p.rows[k * p.n + i];
     p.shares[4 * p.n + i] = g * static_cast<A>(p.constant);
   }
+  if (p.order != nullptr) write_order(p.order, p.target, p.n, i);
   if (p.scaled_x == nullptr) return;
   for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
     const A value =
@@ -30,133 +62,93 @@ __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(BackwardRows
   }
 }
 
-constexpr int kColumns = kWarp;  // of X a block sums, one a lane
-constexpr int kRowLanes = 8;     // warps, each of which takes every eighth row
-
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) constant_row_kernel(ConstantRow<T> p) {
+// Row i of dX.
+template <typename T, bool kWide>
+__device__ void finish_input(const FinishGradients<T, kWide>& p, int64_t i) {
   using A = typename Storage<T>::Acc;
-  __shared__ SharedArray<A, kRowLanes * kColumns> partial;
-  const int lane = threadIdx.x % kColumns, warp = threadIdx.x / kColumns;
-  const int64_t j = int64_t{blockIdx.x} * kColumns + lane;
-  A sum = 0;
-  for (int64_t i = warp; j < p.d && i < p.n; i += kRowLanes) {
-    const A share = p.constant[i];
-    if (share != 0) sum += share * static_cast<A>(p.x[i * p.d + j]);  // an ignored x may be NaN
+  using DX = typename FinishGradients<T, kWide>::DX;
+  const T* w_y = p.rest == nullptr || p.rest[i] == 0 ? nullptr : p.w + p.target[i] * p.d;
+  const A scale = p.scale == nullptr ? A(1) : p.scale[i], share = p.input[i];
+  const A rest = w_y == nullptr ? A(0) : p.rest[i];
+  const A constant = p.constant == nullptr ? A(0) : p.constant[i];
+  for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
+    A value = scale * p.product[i * p.d + j];
+    if (share != 0) value += share * static_cast<A>(p.x[i * p.d + j]);
+    if (w_y != nullptr) value += rest * static_cast<A>(w_y[j]);
+    if (constant != 0) value += constant * p.product[p.n * p.d + j];
+    p.dx[i * p.d + j] = static_cast<DX>(value);
   }
-  partial[warp * kColumns + lane] = sum;
-  __syncthreads();
-  if (warp != 0 || j >= p.d) return;
-  for (int k = 1; k < kRowLanes; ++k) sum += partial[k * kColumns + lane];
-  p.sum[j] = static_cast<typename Storage<T>::E>(sum);
 }
 
 struct ClassShare {
-  double sum;
-  int earlier_row, unused;  // whole words for the shuffles
+  double weight;
+  int rows, unused;  // whole words for the shuffles
 };
 
 struct AddShares {
   __device__ ClassShare operator()(const ClassShare& p, const ClassShare& q) const {
-    return {p.sum + q.sum, p.earlier_row | q.earlier_row, 0};
+    return {p.weight + q.weight, p.rows + q.rows, 0};
   }
 };
 
-// dw_y += h w_y + the sum of rest_k x_k over the rows k of class y, by the whole block.
-template <typename T>
-__device__ void add_class_shares(const FinishGradients<T>& p, int64_t y,
-                                 typename Storage<T>::Acc h) {
+// The row of dW of one class: the block at the first of its places in the order does it.
+template <typename T, bool kWide>
+__device__ void finish_class(const FinishGradients<T, kWide>& p, int64_t place) {
   using A = typename Storage<T>::Acc;
-  using E = typename Storage<T>::E;
-  constexpr int kColumnsPerThread = 4;
-  __shared__ SharedArray<unsigned, kMaxThreads / kWarp> matches;
-  const int warps = blockDim.x / kWarp;
-  const int64_t width = int64_t{kColumnsPerThread} * blockDim.x;
-  for (int64_t left = 0; left < p.d; left += width) {
-    A sums[kColumnsPerThread] = {};
-    for (int64_t first = 0; p.rest != nullptr && first < p.n; first += blockDim.x) {
-      const int64_t k = first + threadIdx.x;
-      const unsigned votes = __ballot_sync(kFullMask, k < p.n && p.target[k] == y);
-      __syncthreads();  // the votes before these have been read
-      if (threadIdx.x % kWarp == 0) matches[threadIdx.x / kWarp] = votes;
-      __syncthreads();
-      for (int warp = 0; warp < warps; ++warp) {
-        unsigned word = matches[warp];
-        for (; word != 0; word &= word - 1) {
-          const int64_t row = first + warp * kWarp + lowest_bit(word);
-          const A share = p.rest[row];
-          if (share == 0) continue;  // an ignored x may be NaN
-#pragma unroll
-          for (int v = 0; v < kColumnsPerThread; ++v) {
-            const int64_t j = left + v * blockDim.x + threadIdx.x;
-            if (j < p.d) sums[v] += share * static_cast<A>(p.x[row * p.d + j]);
-          }
-        }
-      }
+  using DW = typename FinishGradients<T, kWide>::DW;
+  const int64_t* order = p.order + place;
+  const int64_t y = p.target[order[0]], line = y - p.first_class;
+  if (y < p.first_class || line >= p.width) return;  // ignored, or of another chunk
+  if (place > 0 && p.target[order[-1]] == y) return;
+  ClassShare share{0, 0, 0};
+  for (int64_t k = threadIdx.x; place + k < p.n && p.target[order[k]] == y; k += blockDim.x) {
+    share.weight += static_cast<double>(p.weight[order[k]]);
+    ++share.rows;
+  }
+  share = block_reduce(share, AddShares{});
+  const A h = static_cast<A>(share.weight);
+  const int rows = p.rest == nullptr ? 0 : share.rows;
+  for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
+    A sum = 0;
+#pragma unroll 4
+    for (int k = 0; k < rows; ++k) {
+      const int64_t i = order[k];
+      const A rest = p.rest[i];
+      if (rest != 0) sum += rest * static_cast<A>(p.x[i * p.d + j]);  // an ignored x may be NaN
     }
-#pragma unroll
-    for (int v = 0; v < kColumnsPerThread; ++v) {
-      const int64_t j = left + v * blockDim.x + threadIdx.x;
-      if (j >= p.d) continue;
-      E& out = p.dw[y * p.d + j];
-      out = static_cast<E>(static_cast<A>(out) + (sums[v] + h * static_cast<A>(p.w[y * p.d + j])));
-    }
+    DW& out = p.dw[line * p.d + j];
+    out = static_cast<DW>(static_cast<A>(out) + (sum + h * static_cast<A>(p.w[y * p.d + j])));
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) finish_gradients_kernel(FinishGradients<T> p) {
-  using A = typename Storage<T>::Acc;
-  const int64_t i = blockIdx.x, y = p.target[i];
-  const bool ignored = y < 0 || y >= p.c;
-  if (p.dx != nullptr) {
-    const A scale = p.scale == nullptr ? A(1) : p.scale[i], share = p.input[i];
-    const A rest = p.rest == nullptr ? A(0) : p.rest[i];
-    const A constant = p.constant == nullptr ? A(0) : p.constant[i];
-    for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
-      A value = scale * p.product[i * p.d + j];
-      if (share != 0) value += share * static_cast<A>(p.x[i * p.d + j]);
-      if (rest != 0) value += rest * static_cast<A>(p.w[y * p.d + j]);
-      if (constant != 0) value += constant * p.product[p.n * p.d + j];
-      p.dx[i * p.d + j] = static_cast<T>(value);
-    }
-  }
-  if (p.dw == nullptr || ignored) return;
-  ClassShare share{0, 0, 0};
-  for (int64_t k = threadIdx.x; k < p.n; k += blockDim.x) {
-    if (p.target[k] != y) continue;
-    share.sum += static_cast<double>(p.weight[k]);
-    if (k < i) share.earlier_row = 1;
-  }
-  share = block_reduce(share, AddShares{});
-  if (share.earlier_row == 0) add_class_shares(p, y, static_cast<A>(share.sum));
+template <typename T, bool kWide>
+__global__ void __launch_bounds__(kMaxThreads)
+    finish_gradients_kernel(FinishGradients<T, kWide> p) {
+  if (p.dx != nullptr) finish_input(p, blockIdx.x);
+  if (p.dw != nullptr) finish_class(p, blockIdx.x);
 }
 
 }  // namespace
 
 template <typename T>
 cudaError_t launch_backward_rows(const BackwardRows<T>& params, cudaStream_t stream) {
-  const int threads = threads_for(params.scaled_x == nullptr ? 1 : params.d);
-  return launch(backward_rows_kernel<T>, params.n, threads, stream, params);
+  const int64_t columns = params.scaled_x == nullptr ? 1 : params.d;
+  const int64_t compared = params.order == nullptr ? 1 : params.n;
+  const int threads = threads_for(columns > compared ? columns : compared);
+  const int64_t sums = params.constant_x == nullptr ? 0 : (params.d + kWarp - 1) / kWarp;
+  return launch(backward_rows_kernel<T>, params.n + sums, threads, stream, params);
 }
 
-template <typename T>
-cudaError_t launch_constant_row(const ConstantRow<T>& params, cudaStream_t stream) {
-  if (params.d == 0) return cudaSuccess;
-  const int64_t blocks = (params.d + kColumns - 1) / kColumns;
-  return launch(constant_row_kernel<T>, blocks, kColumns * kRowLanes, stream, params);
+template <typename T, bool kWide>
+cudaError_t launch_finish_gradients(const FinishGradients<T, kWide>& params, cudaStream_t stream) {
+  return launch(finish_gradients_kernel<T, kWide>, params.n, threads_for(2 * params.d), stream,
+                params);
 }
 
-template <typename T>
-cudaError_t launch_finish_gradients(const FinishGradients<T>& params, cudaStream_t stream) {
-  const int64_t longer = params.n > params.d ? params.n : params.d;
-  return launch(finish_gradients_kernel<T>, params.n, threads_for(longer), stream, params);
-}
-
-#define LSOFTMAX_INSTANTIATE(T)                                                    \
-  template cudaError_t launch_backward_rows(const BackwardRows<T>&, cudaStream_t); \
-  template cudaError_t launch_constant_row(const ConstantRow<T>&, cudaStream_t);   \
-  template cudaError_t launch_finish_gradients(const FinishGradients<T>&, cudaStream_t);
+#define LSOFTMAX_INSTANTIATE(T)                                                                 \
+  template cudaError_t launch_backward_rows(const BackwardRows<T>&, cudaStream_t);              \
+  template cudaError_t launch_finish_gradients(const FinishGradients<T, false>&, cudaStream_t); \
+  template cudaError_t launch_finish_gradients(const FinishGradients<T, true>&, cudaStream_t);
 LSOFTMAX_INSTANTIATE(float)
 LSOFTMAX_INSTANTIATE(double)
 LSOFTMAX_INSTANTIATE(c10::Half)

@@ -7,6 +7,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
 #include "lsoftmax.h"
 
 namespace lsoftmax {
@@ -76,15 +80,39 @@ void for_type(const Tensor& input, F f) {
   }
 }
 
-// out = a b, accumulated and left in the type of `out`, which may be wider than that of the
-// factors: a logit rounded to 16 bits is lost.
-inline void matmul(Tensor out, const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() == out.scalar_type()) {
-    at::mm_out(out, a, b);
-  } else if (a.is_cuda()) {
-    at::mm_out(out, a, b, out.scalar_type());
-  } else {  // the CPU (the kernels' emulation) has no such product
-    at::mm_out(out, a.to(out.scalar_type()), b.to(out.scalar_type()));
+// out = a b, or out += a b, accumulated and left in the type of `out`, which may be wider than that
+// of the factors: a logit rounded to 16 bits is lost, and so is a gradient summed over chunks.
+//
+// cuBLAS adds to a float32 matrix from 16-bit factors; of torch's ways to it, addmm with out_dtype
+// wants its summand in 16 bits up to torch 2.9, and baddbmm of one matrix never did. Where out is
+// the summand, every version adds in place.
+inline void matmul(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
+  const auto type = out.scalar_type();
+  if (a.scalar_type() != type && !a.is_cuda()) {  // the CPU (the kernels' emulation) has no such
+    matmul(std::move(out), a.to(type), b.to(type), add);
+  } else if (a.scalar_type() == type) {
+    add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
+  } else if (add) {
+    Tensor batch = out.unsqueeze(0);
+    at::baddbmm_out(batch, batch, a.unsqueeze(0), b.unsqueeze(0), type);
+  } else {
+    at::mm_out(out, a, b, type);
+  }
+}
+
+// An array whose size `memory_budget` bounds; where it does not fit, the error says what to do.
+inline Tensor allocate(const char* what, at::IntArrayRef sizes, at::TensorOptions options) {
+  try {
+    return at::empty(sizes, options);
+  } catch (const c10::Error& error) {
+    const double bytes = static_cast<double>(c10::multiply_integers(sizes)) *
+                         static_cast<double>(options.dtype().itemsize());
+    const auto budget = static_cast<int64_t>(std::max(1.0, bytes / 4));
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "lsoftmax: no memory for ", what, ": ",
+                     static_cast<int64_t>(bytes), " bytes, shape ", sizes, ", ", options.dtype(),
+                     ". Try memory_budget=", budget,
+                     " or less, to compute the loss in smaller chunks. (",
+                     error.what_without_backtrace(), ")");
   }
 }
 
@@ -93,32 +121,58 @@ const T* pointer(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
-// dX and dW from the two products: see FinishGradients. `scale`, `rest`, `constant` may be
-// undefined.
+template <typename T>
+T* mutable_pointer(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
+}
+
+// Above so many rows comparing all pairs, in a kernel that runs anyway, takes longer than a sort.
+constexpr int64_t kComparedRows = 4096;
+
+// The rows sorted by target: done, or (true) for a kernel to fill in.
+inline std::pair<Tensor, bool> order_of(const Tensor& target) {
+  const int64_t n = target.size(0);
+  if (n <= kComparedRows) return {at::empty({n}, target.options()), true};
+  return {at::argsort(target, /*stable=*/true, /*dim=*/0, /*descending=*/false), false};
+}
+
+// What the rows' gradients are made of, but for the products: see FinishGradients.
+struct Shares {
+  const Tensor& order;
+  Tensor scale, input, weight, rest, constant;  // (N,); scale, rest and constant may be undefined
+};
+
+// dX from `product`, and what is missing of the rows of dW that dw holds, classes first_class on.
+// Either may be undefined: not needed.
 inline void finish_gradients(const Tensor& x, const Tensor& w, const Tensor& target,
-                             const Tensor& scale, const Tensor& input_share,
-                             const Tensor& weight_share, const Tensor& rest, const Tensor& constant,
-                             const Tensor& product, const Tensor& dx, const Tensor& dw,
+                             const Shares& shares, const Tensor& product, const Tensor& dx,
+                             const Tensor& dw, int64_t first_class, bool wide,
                              cudaStream_t stream) {
-  for_type(x, [&](auto zero) {
+  const auto finish = [&](auto zero, auto is_wide) {
     using T = decltype(zero);
-    using A = typename Storage<T>::Acc;
-    FinishGradients<T> params{};
+    using Params = FinishGradients<T, decltype(is_wide)::value>;
+    using A = typename Params::Acc;
+    Params params{};
     params.x = pointer<T>(x);
     params.w = pointer<T>(w);
     params.target = pointer<int64_t>(target);
-    params.scale = pointer<A>(scale);
-    params.input = pointer<A>(input_share);
-    params.weight = pointer<A>(weight_share);
-    params.rest = pointer<A>(rest);
-    params.constant = pointer<A>(constant);
+    params.order = pointer<int64_t>(shares.order);
+    params.scale = pointer<A>(shares.scale);
+    params.input = pointer<A>(shares.input);
+    params.weight = pointer<A>(shares.weight);
+    params.rest = pointer<A>(shares.rest);
+    params.constant = pointer<A>(shares.constant);
     params.product = pointer<A>(product);
-    params.dx = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
-    params.dw = dw.defined() ? dw.mutable_data_ptr<typename Storage<T>::E>() : nullptr;
+    params.dx = mutable_pointer<typename Params::DX>(dx);
+    params.dw = mutable_pointer<typename Params::DW>(dw);
     params.n = x.size(0);
     params.d = x.size(1);
-    params.c = w.size(0);
+    params.first_class = first_class;
+    params.width = dw.defined() ? dw.size(0) : 0;
     C10_CUDA_CHECK(launch_finish_gradients(params, stream));
+  };
+  for_type(x, [&](auto zero) {
+    wide ? finish(zero, std::true_type{}) : finish(zero, std::false_type{});
   });
 }
 

@@ -53,6 +53,8 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input,
   const Tensor x = input.contiguous(), w = linear_weight.contiguous(), y = target.contiguous();
   const Tensor g = grad.contiguous();
   const Tensor shares = at::empty({3, n}, coefficients.options());
+  const auto [order, sort] = need_weight ? order_of(y) : std::pair(Tensor(), false);
+  int64_t* const unsorted = sort ? order.mutable_data_ptr<int64_t>() : nullptr;
   for_type(x, [&](auto zero) {
     using T = decltype(zero);
     using A = typename Storage<T>::Acc;
@@ -61,6 +63,7 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input,
     params.coefficients = pointer<A>(coefficients);
     params.grad = pointer<T>(g);
     params.shares = shares.mutable_data_ptr<A>();
+    params.order = unsorted;
     params.n = n;
     params.c = c;
     C10_CUDA_CHECK(launch_margin_logits_backward(params, scope.stream));
@@ -75,8 +78,8 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input,
     dw = at::empty_like(w, w.options().dtype(e_type(x)));
     matmul(dw, g.t(), x);
   }
-  finish_gradients(x, w, y, Tensor(), shares[0], shares[1], shares[2], Tensor(), product, dx, dw,
-                   scope.stream);
+  const Shares all{order, Tensor(), shares[0], shares[1], shares[2], Tensor()};
+  finish_gradients(x, w, y, all, product, dx, dw, 0, /*wide=*/false, scope.stream);
   return {need_input ? dx : none, need_weight ? dw.to(w.scalar_type()) : none};
 }
 

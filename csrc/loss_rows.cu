@@ -12,7 +12,7 @@
 
 #include "block.cuh"
 #include "lsoftmax.h"
-#include "margin.cuh"
+#include "row_terms.cuh"
 
 namespace lsoftmax {
 namespace {
@@ -20,32 +20,15 @@ namespace {
 constexpr int kSlack = 40;    // e^40 times 10^7 classes is far inside float32 and bfloat16
 constexpr int kInFlight = 4;  // packs a thread loads before it works on the first
 
-__device__ __forceinline__ float exponential(float v) { return expf(v); }
-__device__ __forceinline__ double exponential(double v) { return exp(v); }
-
 template <typename A>
 struct Max {
   __device__ A operator()(A p, A q) const { return p > q ? p : q; }
 };
 
-// Sums of exponentials against `reference`, over others than the target.
-template <typename A>
-struct RowSums {
-  A reference, e_sum, z_sum;
-};
-
-template <typename A>
-struct MergeSums {
-  __device__ RowSums<A> operator()(const RowSums<A>& p, const RowSums<A>& q) const {
-    const A r = p.reference > q.reference ? p.reference : q.reference;
-    const A e_sum = scaled(p, r) + scaled(q, r);
-    return {r, e_sum, p.z_sum + q.z_sum};
-  }
-  // Equal references (the usual case) also stay exact where they are infinite.
-  __device__ static A scaled(const RowSums<A>& p, A r) {
-    return p.reference == r ? p.e_sum : p.e_sum * exponential(p.reference - r);
-  }
-};
+template <typename T>
+__device__ const typename Storage<T>::Acc* class_weights_at_hand(const LossRows<T>& p) {
+  return p.class_weight == nullptr ? nullptr : p.class_weight + p.first_class;
+}
 
 // The packs of one row: a scalar head up to a 16-byte boundary of the logits, packs, a scalar tail.
 // Thread t owns packs t, t + blockDim, ... and the head and tail elements of its number.
@@ -57,17 +40,19 @@ struct Row {
 
   const LossRows<T>& p;
   const A* z;
+  const A* class_weight;  // of the classes at hand; or null
   E* e;
-  int64_t target, head, packs;
+  int64_t target, head, packs;  // target: counted from the first class at hand
   RowSums<A> sums;
 
-  __device__ Row(const LossRows<T>& params, int64_t i)
+  __device__ Row(const LossRows<T>& params, int64_t i, E* e_row)
       : p(params),
         z(params.z + i * params.z_stride),
-        e(params.e == nullptr ? nullptr : params.e + i * params.e_stride),
-        target(params.target[i]),
-        head(misaligned_head(z, params.c)),
-        packs((params.c - head) / kVector),
+        class_weight(class_weights_at_hand(params)),
+        e(e_row),
+        target(params.target[i] - params.first_class),
+        head(misaligned_head(z, params.width)),
+        packs((params.width - head) / kVector),
         sums{0, 0, 0} {}
 
   __device__ int64_t tail() const { return head + packs * kVector; }
@@ -95,7 +80,7 @@ struct Row {
     for (int64_t k = threadIdx.x, n = 0; k < packs && n < kInFlight; k += blockDim.x, ++n) {
       m = larger(m, maximum(load<kVector>(head + k * kVector), head + k * kVector));
     }
-    for (int64_t j = tail() + threadIdx.x; j < p.c; j += blockDim.x) {
+    for (int64_t j = tail() + threadIdx.x; j < p.width; j += blockDim.x) {
       m = larger(m, maximum(load<1>(j), j));
     }
     return m;
@@ -113,7 +98,7 @@ struct Row {
       exps.values[v] = other ? exponential(logits.values[v] - sums.reference) : A(0);
       pack_sum += exps.values[v];
       if (p.label_smoothing > 0 && other) {
-        sums.z_sum += logits.values[v] * (p.class_weight == nullptr ? A(1) : p.class_weight[j + v]);
+        sums.z_sum += logits.values[v] * (class_weight == nullptr ? A(1) : class_weight[j + v]);
       }
     }
     sums.e_sum += pack_sum;
@@ -143,7 +128,7 @@ struct Row {
         if (k < packs) take(logits[n], head + k * kVector);
       }
     }
-    for (int64_t j = tail() + threadIdx.x; j < p.c; j += blockDim.x) take(load<1>(j), j);
+    for (int64_t j = tail() + threadIdx.x; j < p.width; j += blockDim.x) take(load<1>(j), j);
   }
 
   // A logit far above the reference: make it the reference, for what this thread wrote before j
@@ -175,47 +160,37 @@ struct Row {
   }
 };
 
-// The loss of a row and what backward needs of it; see lsoftmax/portable.py for the formulas.
+// The loss of a row and what backward needs of it.
 template <typename T>
-__device__ void finish_row(const LossRows<T>& p, int64_t i, Row<T>& row, const MarginTerms& m,
-                           const RowSums<typename Storage<T>::Acc>& sums) {
+__device__ void finish_row(const LossRows<T>& p, int64_t i, const MarginTerms& m,
+                           const RowSums<double>& sums) {
   using A = typename Storage<T>::Acc;
-  // f as it is, not as the row's reference rounded it: E_y and beta x nearly cancel, so what goes
-  // into the one must be what went into the other.
-  const double r = static_cast<double>(sums.reference);
-  const double e_sum = static_cast<double>(sums.e_sum);
-  const double gap = log(e_sum) + r - m.f;  // L - f: loss = softplus(gap), p_y - 1 = -sigmoid(gap)
-  const double softplus = gap > 0 ? gap + log1p(exp(-gap)) : log1p(exp(gap));
-  const double s = e_sum + exp(m.f - r);
-  const double t = gap > 0 ? -1 / (1 + exp(-gap)) : -exp(gap) / (1 + exp(gap));
-
-  const double w_y =
-      p.class_weight == nullptr ? 1 : static_cast<double>(p.class_weight[row.target]);
-  double loss = w_y * softplus, grad_y = w_y * t, total = w_y, constant = 0;
-  if (p.label_smoothing > 0) {
-    const double share = p.label_smoothing / static_cast<double>(p.c);
-    const double w_sum =
-        p.class_weight == nullptr ? static_cast<double>(p.c) : static_cast<double>(*p.weight_sum);
-    total = (1 - p.label_smoothing) * w_y + share * w_sum;
-    loss = (1 - p.label_smoothing) * loss +
-           share * (w_sum * (m.f + softplus) - static_cast<double>(sums.z_sum) - w_y * m.f);
-    grad_y = total * t + share * (w_sum - w_y);
-    constant = share * w_y;
-  }
-  p.row_loss[i] = static_cast<A>(loss);
-  if (row.e == nullptr) return;
-  const double target_share = grad_y * m.alpha + constant;
   using E = typename Storage<T>::E;
-  if constexpr (sizeof(E) == sizeof(A)) {
-    // Into E, in units of scale = total / s. Without smoothing this is -e_sum alpha.
-    const double e_y =
-        p.label_smoothing > 0 ? target_share * s / (total == 0 ? 1 : total) : -e_sum * m.alpha;
-    row.e[row.target] = static_cast<E>(e_y);
+  const int64_t y = p.target[i];
+  Smoothing q{1, static_cast<double>(p.c), p.label_smoothing, static_cast<double>(p.c)};
+  if (p.class_weight != nullptr) {
+    q.w_y = static_cast<double>(p.class_weight[y]);
+    q.w_sum = p.label_smoothing > 0 ? static_cast<double>(*p.weight_sum) : 0;
   }
-  p.rows[i] = static_cast<A>(total / s);
-  p.rows[p.n + i] = static_cast<A>(grad_y * m.beta);
-  p.rows[2 * p.n + i] = static_cast<A>(grad_y * m.gamma);
-  p.rows[3 * p.n + i] = static_cast<A>(target_share);
+  const RowTerms terms = row_terms(m, sums, q);
+  p.row_loss[i] = static_cast<A>(terms.loss);
+  if (p.rows == nullptr) return;
+  p.rows[i] = static_cast<A>(terms.scale);
+  p.rows[p.n + i] = static_cast<A>(terms.input_share);
+  p.rows[2 * p.n + i] = static_cast<A>(terms.weight_share);
+  p.rows[3 * p.n + i] = static_cast<A>(terms.target_share);
+  p.rows[4 * p.n + i] = static_cast<A>(sums.reference);
+  if (p.e != nullptr && p.target_in_e) p.e[i * p.e_stride + y] = static_cast<E>(terms.e_y);
+}
+
+// What chunks of classes hand on, in double so that any number of them adds up.
+constexpr int kReference = 0, kESum = 1, kZSum = 2, kF = 3, kAlpha = 4, kBeta = 5, kGamma = 6;
+
+template <typename T>
+__device__ void save_state(const LossRows<T>& p, int64_t i, const MarginTerms& m,
+                           const RowSums<double>& sums) {
+  const double values[] = {sums.reference, sums.e_sum, sums.z_sum, m.f, m.alpha, m.beta, m.gamma};
+  for (int k = 0; k < 7; ++k) p.state[k * p.n + i] = values[k];
 }
 
 template <typename T>
@@ -223,85 +198,76 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(LossRows<T> p) {
   using A = typename Storage<T>::Acc;
   using E = typename Storage<T>::E;
   const int64_t i = blockIdx.x;
-  Row<T> row(p, i);
-  const bool ignored = row.target == p.ignore_index;
-  if (row.e != nullptr) {  // an ignored row may be NaN, and 0 * NaN is not 0: write the zeros
-    for (int64_t j = (ignored ? 0 : p.c) + threadIdx.x; j < p.e_stride; j += blockDim.x) {
-      row.e[j] = static_cast<E>(0.0f);
+  E* e = p.e == nullptr ? nullptr : p.e + i * p.e_stride;
+  const int64_t used = (p.width + 7) / 8 * 8, end = used < p.e_stride ? used : p.e_stride;
+  if (i == p.n) return write_class_weights(e, class_weights_at_hand(p), p.width, end);
+  const bool first = p.first_class == 0, last = p.first_class + p.width == p.c;
+  const bool ignored = p.target[i] == p.ignore_index;
+  if (e != nullptr) {  // an ignored row may be NaN, and 0 * NaN is not 0: write the zeros
+    for (int64_t j = (ignored ? 0 : p.width) + threadIdx.x; j < end; j += blockDim.x) {
+      e[j] = static_cast<E>(0.0f);
     }
   }
   if (ignored) {
-    if (threadIdx.x == 0) {
-      p.row_loss[i] = 0;
-      for (int64_t k = 0; k < 4 && row.e != nullptr; ++k) p.rows[k * p.n + i] = 0;
-    }
+    if (threadIdx.x != 0 || !last) return;
+    p.row_loss[i] = 0;
+    for (int64_t k = 0; k < 5 && p.rows != nullptr; ++k) p.rows[k * p.n + i] = 0;
     return;
   }
-  CUDA_KERNEL_ASSERT(row.target >= 0 && row.target < p.c);
+  const int64_t y = p.target[i];
+  CUDA_KERNEL_ASSERT(y >= 0 && y < p.c);
 
-  const Products sum =
-      block_reduce(products(p.x + i * p.d, p.w + row.target * p.d, p.d), AddProducts{});
-  MarginTerms m{};
-  if (threadIdx.x == 0) {  // double arithmetic is slow on many GPUs: once a row
-    m = margin_terms(sum.dot, sum.xx, sum.ww, p.margin, static_cast<double>(*p.lam));
+  // Thread 0's, since double arithmetic is slow on many GPUs; not in its registers, of which the
+  // logits need all.
+  __shared__ SharedArray<MarginTerms, 1> margin;
+  A start = 0;
+  if (first) {
+    const Products sum = block_reduce(products(p.x + i * p.d, p.w + y * p.d, p.d), AddProducts{});
+    if (threadIdx.x == 0) {
+      const MarginTerms m =
+          margin_terms(sum.dot, sum.xx, sum.ww, p.margin, static_cast<double>(*p.lam));
+      margin[0] = m;
+      start = static_cast<A>(m.f);
+    }
+  } else if (threadIdx.x == 0) {
+    margin[0] = MarginTerms{p.state[kF * p.n + i], p.state[kAlpha * p.n + i],
+                            p.state[kBeta * p.n + i], p.state[kGamma * p.n + i]};
+    start = static_cast<A>(p.state[kReference * p.n + i]);
   }
-  const A f = block_broadcast(static_cast<A>(m.f));
-  row.sums.reference = Max<A>{}(f, block_reduce(row.sample(), Max<A>{}));
+  start = block_broadcast(start);
+  Row<T> row(p, i, e);
+  row.sums.reference = Max<A>{}(start, block_reduce(row.sample(), Max<A>{}));
   row.take_all();
   const RowSums<A> sums = block_reduce(row.sums, MergeSums<A>{});
   if (row.sums.reference != sums.reference) {
-    row.rescale(exponential(row.sums.reference - sums.reference), p.c);
+    row.rescale(exponential(row.sums.reference - sums.reference), p.width);
   }
   __syncthreads();  // the target's column belongs to some thread, which may have rescaled it
-  if (threadIdx.x == 0) finish_row(p, i, row, m, sums);
-}
-
-struct LossAndWeight {
-  double loss, weight;
-};
-
-struct AddLosses {
-  __device__ LossAndWeight operator()(const LossAndWeight& p, const LossAndWeight& q) const {
-    return {p.loss + q.loss, p.weight + q.weight};
-  }
-};
-
-// One block, a fixed order: the same bits in every run.
-template <typename Acc>
-__global__ void __launch_bounds__(kMaxThreads) loss_sum_kernel(LossSum<Acc> p) {
-  LossAndWeight sum{0, 0};
-  for (int64_t i = threadIdx.x; i < p.n; i += blockDim.x) {
-    sum.loss += static_cast<double>(p.row_loss[i]);
-    const int64_t y = p.target[i];
-    if (y != p.ignore_index) {
-      sum.weight += p.class_weight == nullptr ? 1 : static_cast<double>(p.class_weight[y]);
-    }
-  }
-  sum = block_reduce(sum, AddLosses{});
   if (threadIdx.x != 0) return;
-  const double divisor = p.mean ? sum.weight : 1;
-  *p.loss = static_cast<Acc>(sum.loss / divisor);
-  *p.divisor = static_cast<Acc>(divisor);
+  RowSums<double> all{static_cast<double>(sums.reference), static_cast<double>(sums.e_sum),
+                      static_cast<double>(sums.z_sum)};
+  if (!first) {
+    all = MergeSums<double>{}(
+        all, {p.state[kReference * p.n + i], p.state[kESum * p.n + i], p.state[kZSum * p.n + i]});
+  }
+  const MarginTerms m = margin[0];
+  last ? finish_row(p, i, m, all) : save_state(p, i, m, all);
 }
 
 }  // namespace
 
 template <typename T>
 cudaError_t launch_loss_rows(const LossRows<T>& params, cudaStream_t stream) {
-  const int64_t longer = params.c > params.d ? params.c : params.d;
-  return launch(loss_rows_kernel<T>, params.n, threads_for(longer), stream, params);
-}
-
-template <typename Acc>
-cudaError_t launch_loss_sum(const LossSum<Acc>& params, cudaStream_t stream) {
-  return launch(loss_sum_kernel<Acc>, 1, threads_for(params.n), stream, params);
+  const int64_t longer = params.width > params.d ? params.width : params.d;
+  const bool class_weights = params.e != nullptr && params.label_smoothing > 0;
+  const int64_t blocks = params.n + (class_weights ? 1 : 0);
+  if (blocks == 0) return cudaSuccess;
+  return launch(loss_rows_kernel<T>, blocks, threads_for(longer), stream, params);
 }
 
 template cudaError_t launch_loss_rows(const LossRows<float>&, cudaStream_t);
 template cudaError_t launch_loss_rows(const LossRows<double>&, cudaStream_t);
 template cudaError_t launch_loss_rows(const LossRows<c10::Half>&, cudaStream_t);
 template cudaError_t launch_loss_rows(const LossRows<c10::BFloat16>&, cudaStream_t);
-template cudaError_t launch_loss_sum(const LossSum<float>&, cudaStream_t);
-template cudaError_t launch_loss_sum(const LossSum<double>&, cudaStream_t);
 
 }  // namespace lsoftmax

@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace lsoftmax {
 
@@ -29,38 +30,63 @@ struct Storage<c10::BFloat16> {
   using E = c10::BFloat16;
 };
 
+// Some or all classes' logits at a time: those of `width` classes from first_class on, with chunks
+// in ascending order. Only where all come at once is E kept.
 template <typename T>
 struct LossRows {
   using Acc = typename Storage<T>::Acc;
   using E = typename Storage<T>::E;
   const T* x;               // (N, D)
-  const T* w;               // (C, D)
+  const T* w;               // (C, D), all classes
   const int64_t* target;    // (N,)
   const float* lam;         // ()
   const Acc* class_weight;  // (C,), or null: all 1
   const Acc* weight_sum;    // (), sum of class_weight; read with label smoothing only
-  Acc* z;                   // (N, z_stride), C used: the logits
-  E* e;                     // (N, e_stride), C used, the rest set to 0; may be z; null: only read
-  Acc* row_loss;            // (N,)
-  Acc* rows;                // (4, N): scale; input, weight and target share; null where e is
-  int64_t n, d, c, z_stride, e_stride;
+  Acc* z;                   // (N, z_stride), width used: the logits
+  E* e;                     // (N, e_stride), or (N + 1, e_stride) with label smoothing, the last
+         // row for the class weights; width used, up to 7 more set to 0; may be z;
+         // null: only read
+  double* state;  // (7, N), from chunk to chunk; null: there is one
+  Acc* row_loss;  // (N,), with the last chunk, and so
+  Acc* rows;      // (5, N): scale; input, weight and target share; reference; or null
+  int64_t n, d, c, first_class, width, z_stride, e_stride;
   int64_t ignore_index;
   double label_smoothing;
   int margin;
+  bool target_in_e;  // the target's part of the gradient in its column of E, else 0
 };
 
 // Margin, exponentials, loss and backward's row statistics of each row of logits.
 template <typename T>
 cudaError_t launch_loss_rows(const LossRows<T>& params, cudaStream_t stream);
 
+template <typename T>
+struct Exponentials {
+  using Acc = typename Storage<T>::Acc;
+  using E = typename Storage<T>::E;
+  const int64_t* target;    // (N,)
+  const Acc* rows;          // (5, N), of loss_rows
+  const Acc* class_weight;  // (C,), or null
+  const Acc* z;             // (N, stride), width used: the logits of classes first_class on
+  E* e;                     // as in LossRows; may be z
+  int64_t n, first_class, width, stride;  // stride: a multiple of 16 bytes, as z and e are
+  int64_t ignore_index;
+  bool class_weights;  // write the last row of E
+  bool target_in_e;    // as in LossRows
+};
+
+// E of a chunk of classes once more, for backward. What is beyond width is not set.
+template <typename T>
+cudaError_t launch_exponentials(const Exponentials<T>& params, cudaStream_t stream);
+
 template <typename Acc>
 struct LossSum {
-  const Acc* row_loss;      // (N,)
+  const Acc* row_loss;      // (N,); null: the divisor alone
   const int64_t* target;    // (N,)
   const Acc* class_weight;  // (C,), or null
-  Acc* loss;                // ()
+  Acc* loss;                // (); null where row_loss is
   Acc* divisor;             // ()
-  int64_t n, ignore_index;
+  int64_t n, c, ignore_index;
   bool mean;
 };
 
@@ -72,13 +98,15 @@ template <typename T>
 struct BackwardRows {
   using Acc = typename Storage<T>::Acc;
   using E = typename Storage<T>::E;
-  const Acc* grad;        // () or (N,)
+  const Acc* grad;        // () or (N,); null: 1
   const Acc* divisor;     // ()
-  const Acc* rows;        // (4, N), of the forward pass
+  const Acc* rows;        // (5, N), of the forward pass
   const int64_t* target;  // (N,)
   const T* x;             // (N, D)
-  Acc* shares;            // (5, N): the four rows and the constant share, times the gradient
+  Acc* shares;            // (5, N): the first four rows and the constant share, times the gradient
   E* scaled_x;            // (N, D): scale_i x_i; null: not needed
+  E* constant_x;          // (D,): sum of constant_i x_i, one more row of scaled_x; null: not needed
+  int64_t* order;         // (N,): the rows sorted by target; null: not needed. N^2 comparisons.
   int64_t n, d, ignore_index;
   bool grad_per_row;
   double constant;  // -label_smoothing / C
@@ -88,38 +116,31 @@ struct BackwardRows {
 template <typename T>
 cudaError_t launch_backward_rows(const BackwardRows<T>& params, cudaStream_t stream);
 
-template <typename T>
-struct ConstantRow {
-  const T* x;                                // (N, D)
-  const typename Storage<T>::Acc* constant;  // (N,)
-  typename Storage<T>::E* sum;               // (D,): sum of constant_i x_i
-  int64_t n, d;
-};
-
-// Label smoothing's constant gradient has rank one: this is its feature side, one more row of X.
-template <typename T>
-cudaError_t launch_constant_row(const ConstantRow<T>& params, cudaStream_t stream);
-
-template <typename T>
+// kWide: gradients are kept in the accumulate type, whatever the type of what they belong to.
+template <typename T, bool kWide>
 struct FinishGradients {
   using Acc = typename Storage<T>::Acc;
+  using DX = std::conditional_t<kWide, Acc, T>;
+  // In the type of the product it holds: what is added may cancel it.
+  using DW = std::conditional_t<kWide, Acc, typename Storage<T>::E>;
   const T* x;             // (N, D)
-  const T* w;             // (C, D)
+  const T* w;             // (C, D), all classes
   const int64_t* target;  // (N,)
+  const int64_t* order;   // (N,): the rows sorted by target, equal ones in their order
   const Acc* scale;       // (N,), or null: 1
   const Acc* input;       // (N,)
   const Acc* weight;      // (N,)
   const Acc* rest;        // (N,), target share that is not in the products; or null: it is there
   const Acc* constant;    // (N,), or null: no constant part
   const Acc* product;     // (N, D), or (N + 1, D) with a constant part; may be dx; null: no dx
-  T* dx;                  // (N, D): scale product + input x + rest w_y + constant product_N
-  // In the type of the product it holds: what is added may cancel it.
-  typename Storage<T>::E* dw;  // (C, D), added to: sum of weight w_c + rest x over class c; or null
-  int64_t n, d, c;
+  DX* dx;                 // (N, D): scale product + input x + rest w_y + constant product_N
+  DW* dw;                 // (width, D), of classes first_class on; null: no dw
+                          // added to: sum of weight w_c + rest x over the rows of class c
+  int64_t n, d, first_class, width;
 };
 
-template <typename T>
-cudaError_t launch_finish_gradients(const FinishGradients<T>& params, cudaStream_t stream);
+template <typename T, bool kWide>
+cudaError_t launch_finish_gradients(const FinishGradients<T, kWide>& params, cudaStream_t stream);
 
 template <typename T>
 struct MarginLogits {
@@ -144,6 +165,7 @@ struct MarginLogitsBackward {
   const Acc* coefficients;  // (3, N)
   const T* grad;            // (N, C)
   Acc* shares;              // (3, N): input, weight and target share
+  int64_t* order;           // (N,): as of BackwardRows
   int64_t n, c;
 };
 

@@ -5,6 +5,7 @@
 #include "block.cuh"
 #include "lsoftmax.h"
 #include "margin.cuh"
+#include "order.cuh"
 
 namespace lsoftmax {
 namespace {
@@ -25,13 +26,14 @@ __global__ void __launch_bounds__(kMaxThreads) margin_logits_kernel(MarginLogits
   p.coefficients[2 * p.n + i] = static_cast<A>(m.gamma);
 }
 
-// One thread a row. The matrix products see the target's logit with a slope of 1, not alpha.
+// The matrix products see the target's logit with a slope of 1, not alpha.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     margin_logits_backward_kernel(MarginLogitsBackward<T> p) {
   using A = typename Storage<T>::Acc;
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= p.n) return;
+  const int64_t i = blockIdx.x;
+  if (p.order != nullptr) write_order(p.order, p.target, p.n, i);
+  if (threadIdx.x != 0) return;
   const A g = static_cast<A>(p.grad[i * p.c + p.target[i]]);
   p.shares[i] = g * p.coefficients[p.n + i];
   p.shares[p.n + i] = g * p.coefficients[2 * p.n + i];
@@ -48,9 +50,8 @@ cudaError_t launch_margin_logits(const MarginLogits<T>& params, cudaStream_t str
 template <typename T>
 cudaError_t launch_margin_logits_backward(const MarginLogitsBackward<T>& params,
                                           cudaStream_t stream) {
-  constexpr int kThreads = 128;
-  const int64_t blocks = (params.n + kThreads - 1) / kThreads;
-  return launch(margin_logits_backward_kernel<T>, blocks, kThreads, stream, params);
+  const int threads = threads_for(params.order == nullptr ? 1 : params.n);
+  return launch(margin_logits_backward_kernel<T>, params.n, threads, stream, params);
 }
 
 #define LSOFTMAX_INSTANTIATE(T)                                                    \

@@ -8,13 +8,15 @@ import operator
 import torch
 from torch import Tensor
 
-from . import ops, portable, reference
+from . import ops, reference
 from .margin import accumulate_type
+from .plan import Plan, choose
+from .rows import MEAN, NONE, SUM
 
-__all__ = ["lsoftmax_linear", "lsoftmax_loss", "psi"]
+__all__ = ["lsoftmax_linear", "lsoftmax_loss", "plan", "psi"]
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_REDUCTIONS = {"none": portable.NONE, "mean": portable.MEAN, "sum": portable.SUM}
+_REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 
 def psi(cos_theta: Tensor, margin: int) -> Tensor:
@@ -49,6 +51,7 @@ def lsoftmax_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    memory_budget: int | None = None,
 ) -> Tensor:
     r"""Large-Margin Softmax loss, fused: cross-entropy of ``input @ linear_weight.T`` with the
     target's logit replaced by
@@ -72,6 +75,10 @@ def lsoftmax_loss(
         reduction: ``"mean"`` (over the kept targets' weights), ``"sum"`` or ``"none"``.
         ignore_index: the target whose rows count for nothing.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
+        memory_budget: bytes that what is N x C may take; None: a quarter of the memory that is free
+            when it is more than 64 MB. Where it is not enough the loss is computed in chunks
+            (:func:`lsoftmax.functional.plan` says how). The last bits of the result depend on the
+            chunks: give a budget where they must repeat on a machine with other things to do.
 
     Returns:
         The loss, float32 (float64 for float64 input): scalar, or the shape of ``target`` for
@@ -87,6 +94,7 @@ def lsoftmax_loss(
     _check_matrices(input, linear_weight, target)
     margin, lam = check_margin(margin), _lam_tensor(lam, input)
     check_loss_options(reduction, ignore_index, label_smoothing)
+    check_memory_budget(memory_budget)
     if weight is not None:
         check_class_weight(weight, linear_weight.shape[0])
         _check_device("weight", weight, input)
@@ -103,8 +111,42 @@ def lsoftmax_loss(
         _REDUCTIONS[reduction],
         ignore_index,
         float(label_smoothing),
+        _plan(rows, linear_weight, reduction, memory_budget),
     )
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def plan(
+    input: Tensor,
+    linear_weight: Tensor,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+) -> Plan:
+    """How :func:`lsoftmax_loss` would compute the loss of these arguments now.
+
+    Args:
+        input, linear_weight, reduction, memory_budget: as for :func:`lsoftmax_loss`.
+
+    Returns:
+        ``class_chunk``: classes a chunk, with the exponentials made again in backward (8 N C D
+        flops in all). ``row_chunk``: rows a chunk, with the gradients formed in forward (6 N C D).
+        Both 0: the N x C exponentials are kept (6 N C D). ``bytes``: what that takes.
+    """
+    input, linear_weight = _autocast(input, linear_weight)
+    return _plan(input.reshape(-1, input.shape[-1]), linear_weight, reduction, memory_budget)
+
+
+def _plan(rows: Tensor, linear_weight: Tensor, reduction: str, memory_budget: int | None) -> Plan:
+    return choose(
+        rows.shape[0],
+        rows.shape[1],
+        linear_weight.shape[0],
+        rows.dtype,
+        rows.device,
+        scalar=reduction != "none",
+        needs_grad=torch.is_grad_enabled() and (rows.requires_grad or linear_weight.requires_grad),
+        memory_budget=memory_budget,
+    )
 
 
 def lsoftmax_linear(
@@ -170,6 +212,16 @@ def check_loss_options(reduction: str, ignore_index: int, label_smoothing: float
         )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def check_memory_budget(memory_budget: int | None) -> None:
+    """TypeError or ValueError unless it is None or a number of bytes."""
+    if memory_budget is None:
+        return
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"memory_budget: expected bytes or None, got {_kind(memory_budget)}")
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget: expected a positive number of bytes, got {memory_budget}")
 
 
 def check_class_weight(weight: Tensor, num_classes: int) -> None:

@@ -53,6 +53,11 @@ def stacked(vectors: Sequence[Vector], dtype: torch.dtype) -> Tensor:
     return torch.stack(tuple(vectors)).to(dtype)
 
 
+def column_of(numbers: Vector, dtype: torch.dtype) -> Tensor:
+    """A vector as a (N, 1) tensor, to be broadcast over rows."""
+    return torch.as_tensor(numbers).to(dtype).unsqueeze(1)
+
+
 def psi_and_derivative(c: Vector, margin: int) -> tuple[Vector, Vector]:
     """psi(c) = (-1)^k T_m(c) - 2k and psi'(c) = (-1)^k m U_{m-1}(c), by the recurrence of U."""
     if margin == 1:

@@ -55,9 +55,10 @@ NVCC_13 = "\n".join(f"compute_{a}" for a in (75, 80, 86, 89, 90, 100, 103, 120, 
 @pytest.mark.parametrize(
     ("nvcc", "gpus", "archs"),
     [
-        (NVCC_13, set(), "8.0;9.0;10.0;12.0+PTX"),
-        (NVCC_12, set(), "8.0;9.0+PTX"),
-        (NVCC_13, {(9, 0)}, "9.0+PTX"),
+        (NVCC_13, set(), "8.0;9.0a;10.0;12.0+PTX"),
+        (NVCC_12, set(), "8.0+PTX;9.0a"),  # the PTX of 9.0a runs nowhere else
+        (NVCC_13, {(9, 0)}, "9.0a"),
+        (NVCC_13, {(9, 0), (8, 0)}, "8.0+PTX;9.0a"),
         (NVCC_13, {(12, 0), (8, 6)}, "8.6;12.0+PTX"),
         (NVCC_12, {(12, 0)}, "9.0+PTX"),  # newer than this nvcc: by PTX
         (NVCC_13, {(7, 5), (8, 0)}, "8.0+PTX"),  # too old for the kernels: left out

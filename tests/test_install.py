@@ -147,18 +147,18 @@ def test_no_torch_yet(tmp_path, source):
 @needs_nvcc
 def test_kernels_are_built_and_registered_without_a_gpu(built):
     assert "WITHOUT" not in built.output
-    for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "compute_120"):
+    for arch in ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"):
         assert f"code={arch}" in built.output
     assert list(built.package.glob("_C*.so"))
     report = built.report()
     assert "kernels    loaded" in report
     assert "lsoftmax::loss_fwd: CUDA" in report
-    assert "8.0;9.0;10.0;12.0+PTX" in report
+    assert "8.0;9.0a;10.0;12.0+PTX" in report
 
 
 @needs_nvcc
 def test_kernels_without_build_isolation_and_without_warnings(cuda, source):
-    arch = {"TORCH_CUDA_ARCH_LIST": "9.0", "LSOFTMAX_CUDA": "1", "LSOFTMAX_WERROR": "1"}
+    arch = {"TORCH_CUDA_ARCH_LIST": "9.0a", "LSOFTMAX_CUDA": "1", "LSOFTMAX_WERROR": "1"}
     output = cuda.install("--no-build-isolation", source, **arch)
     assert "code=sm_90" in output
     assert "sm_80" not in output
@@ -167,7 +167,7 @@ def test_kernels_without_build_isolation_and_without_warnings(cuda, source):
 
 @needs_nvcc
 def test_kernels_in_place(cuda, source):
-    arch = {"TORCH_CUDA_ARCH_LIST": "9.0", "LSOFTMAX_CUDA": "1"}
+    arch = {"TORCH_CUDA_ARCH_LIST": "9.0a", "LSOFTMAX_CUDA": "1"}
     cuda.install("--no-build-isolation", "-e", source, **arch)
     assert list((source / "lsoftmax").glob("_C*.so"))
     assert "kernels    loaded" in cuda.report()

@@ -22,16 +22,25 @@ def samples(name: str, device: str) -> list[tuple]:
         x, w = p.x.detach(), p.w.detach()
         lam = torch.tensor(0.5, device=device)
         weight = torch.rand(9, dtype=accumulate_type(dtype)).to(device)
-        for reduction, smoothing, save in ((0, 0.0, True), (1, 0.1, True), (2, 0.1, False)):
-            fwd = (x, w, p.y, 3, lam, weight, reduction, -100, smoothing, save)
+        for reduction, smoothing, save, chunk in (
+            (0, 0.0, True, 0),
+            (0, 0.1, True, 4),
+            (1, 0.1, True, 0),
+            (2, 0.1, False, 0),
+            (1, 0.0, False, 4),
+        ):
+            options = (3, lam, weight, reduction, -100, smoothing)
+            fwd = (x, w, p.y, *options, save, chunk)
             if name == "loss_fwd":
                 out.append(fwd)
-            if name == "loss_bwd" and save:
-                loss, e, rows, divisor = torch.ops.lsoftmax.loss_fwd(*fwd)
-                grad = torch.randn_like(loss)
-                for needs in ((True, True), (True, False), (False, True)):
-                    saved = (grad, x, w, p.y, e, rows, divisor, -100, smoothing)
+            for needs in ((True, True), (True, False), (False, True)):
+                if name == "loss_bwd" and save:
+                    loss, *saved = torch.ops.lsoftmax.loss_fwd(*fwd)
+                    grad = torch.randn_like(loss)
+                    saved = (grad, x, w, p.y, weight, *saved, -100, smoothing, chunk)
                     out.append((*saved, *needs))
+                if name == "loss_and_gradients" and reduction != 0:
+                    out.append((x, w, p.y, *options, 4, *needs))
         if name == "linear_fwd":
             out.append((x, w, p.y, 3, lam))
         if name == "linear_bwd":
@@ -41,7 +50,10 @@ def samples(name: str, device: str) -> list[tuple]:
     return out
 
 
-@pytest.mark.parametrize("name", ["loss_fwd", "loss_bwd", "linear_fwd", "linear_bwd"])
+OPS = ("loss_fwd", "loss_bwd", "loss_and_gradients", "linear_fwd", "linear_bwd")
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str, device: str) -> None:
     """Schema, fake shapes, types, strides and functionalization, by torch's own checker."""
     op = getattr(torch.ops.lsoftmax, name).default

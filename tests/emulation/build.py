@@ -29,7 +29,10 @@ EMULATOR = [
     HERE / "synchronisation.cpp",
     HERE / "shared_memory.cpp",
     HERE / "fiber.cpp",
+    HERE / "hopper_copies.cpp",
+    HERE / "hopper_products.cpp",
 ]
+HOPPER = ["gemm_exponentials", "exponential_rows"]  # kernels that hopper_launch.cpp calls
 SELFTEST = [HERE / "selftest_right.cpp", HERE / "selftest_faults.cpp"]
 
 FLAGS = [
@@ -71,6 +74,21 @@ def load_selftest(sanitize: bool = False) -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def load_hopper(sanitize: bool = False) -> ctypes.CDLL:
+    """The launchers of csrc/hopper.h as ``hopper_*(params)``; each returns the fault's text.
+
+    ``hopper_selftest_run(case)`` is to the emulation of Hopper what ``selftest_run`` is to all.
+    """
+    library = ctypes.CDLL(_build("emulation_hopper", sanitize))
+    for name in ("row_reference", "gemm_exponentials", "exponential_rows"):
+        getattr(library, f"hopper_{name}").argtypes = [ctypes.c_void_p]
+        getattr(library, f"hopper_{name}").restype = ctypes.c_char_p
+    library.hopper_selftest_run.argtypes = [ctypes.c_char_p]
+    library.hopper_selftest_run.restype = ctypes.c_char_p
+    return library
+
+
 def counters(library: ctypes.CDLL | ModuleType) -> dict[str, int]:
     """Launches, blocks, barriers and warp operations that ``library`` has run since loaded."""
     values = (ctypes.c_uint64 * 4)()
@@ -90,6 +108,16 @@ def reversed_order(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
         yield
     finally:
         _as_cdll(library).emulation_set_reversed(0)
+
+
+@contextmanager
+def stubbed(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
+    """Within, kernels are launched and counted but not run: what is left is the host's work."""
+    _as_cdll(library).emulation_set_stubbed(1)
+    try:
+        yield
+    finally:
+        _as_cdll(library).emulation_set_stubbed(0)
 
 
 def sanitizer_runtimes() -> list[str]:
@@ -114,10 +142,17 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
-def _engine_sources(directory: Path) -> list[Path]:
-    """The host code as it is, and each .cu file by way of a .cpp file that includes it."""
-    sources = sorted(CSRC.glob("*.cpp"))
-    for kernel in sorted(CSRC.glob("*.cu")):
+def _sources(name: str, directory: Path) -> list[Path]:
+    """What is built: host code as it is, each .cu file by way of a .cpp file that includes it."""
+    if name == "emulation_selftest":
+        return SELFTEST
+    if name == "emulation_hopper":
+        sources = [HERE / "hopper_launch.cpp", HERE / "selftest_hopper.cpp"]
+        kernels = [CSRC / f"{kernel}.cu" for kernel in HOPPER]
+    else:
+        sources = [HERE / "engine_launch.cpp", *sorted(CSRC.glob("*.cpp"))]
+        kernels = sorted(CSRC.glob("*.cu"))
+    for kernel in kernels:
         wrapper = directory / f"{kernel.stem}_cu.cpp"
         text = f'#include <cuda_runtime.h>\n#include "{kernel}"\n'
         if not wrapper.exists() or wrapper.read_text() != text:
@@ -130,12 +165,11 @@ def _build(name: str, sanitize: bool) -> Any:
     # Imports setuptools and more, which a test that merely looks at this file can do without.
     from torch.utils import cpp_extension
 
-    selftest = name == "emulation_selftest"
     version = torch.__version__ + ("-sanitize" if sanitize else "")
     directory = ROOT / "build" / "emulation" / version / name
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
-        sources = SELFTEST if selftest else _engine_sources(directory)
+        sources = _sources(name, directory)
         return cpp_extension.load(
             name=name,
             sources=[str(source) for source in EMULATOR + sources],
@@ -143,7 +177,7 @@ def _build(name: str, sanitize: bool) -> Any:
             extra_ldflags=SANITIZE if sanitize else [],
             extra_include_paths=[str(HERE / "include"), str(HERE), str(CSRC)],
             build_directory=str(directory),
-            is_python_module=not selftest,
+            is_python_module=name == "lsoftmax_emulation",
         )
 
 

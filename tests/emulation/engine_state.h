@@ -19,7 +19,7 @@
 
 namespace emulation {
 
-enum class State { kReady, kInWarpOp, kAtBarrier, kExited };
+enum class State { kReady, kInWarpOp, kAtBarrier, kAtMbarrier, kExited };
 
 struct Thread {
   explicit Thread(void (*body)()) : fiber(body) {}

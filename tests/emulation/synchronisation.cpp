@@ -34,6 +34,8 @@ std::string describe(unsigned id) {
       return who + " has exited";
     case State::kAtBarrier:
       return who + " waits at the block barrier at " + to_string(thread.barrier_site);
+    case State::kAtMbarrier:
+      return who + " waits for an mbarrier at " + to_string(thread.barrier_site);
     case State::kInWarpOp:
       return who + " is in " + describe(thread.request) + " at " + to_string(thread.request.site);
     case State::kReady:
@@ -192,6 +194,11 @@ int barrier(BarrierOp op, int predicate, Site site) {
 
 void fault_stuck() {
   Engine& e = engine();
+  for (unsigned id = 0; id < e.thread_count; ++id) {
+    if (e.threads[id]->state != State::kAtMbarrier) continue;
+    e.current = id;
+    fault("deadlock: the phase of this mbarrier does not end", e.threads[id]->barrier_site);
+  }
   for (unsigned id = 0; id < e.thread_count; ++id) {
     if (e.threads[id]->state != State::kInWarpOp) continue;
     e.current = id;

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;

@@ -1,0 +1,90 @@
+// The loss over budget, a chunk of classes at a time: nothing of size N x C exists.
+//
+// Forward keeps running sums of each row and no exponentials; backward makes them again, chunk by
+// chunk, which is one product more (8 N C D flops in all). Each slice of dW is written once; dX is
+// summed over the chunks in float32, whatever the type of the features.
+
+#include "loss.h"
+
+namespace lsoftmax {
+
+void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_chunk,
+                          const Tensor& row_loss, const Tensor& rows, cudaStream_t stream) {
+  const int64_t n = loss.n(), c = loss.c(), chunk = std::min(class_chunk, c);
+  if (n == 0) return;
+  const Panel panel = make_panel(loss, n, padded(chunk), /*keep_e=*/false);
+  const Tensor state =
+      chunk < c ? at::empty({7, n}, loss.x.options().dtype(at::kDouble)) : Tensor();
+  for (int64_t first = 0; first < c; first += chunk) {
+    const int64_t width = std::min(chunk, c - first);
+    make_logits(loss, panel, first, width);
+    loss_rows(loss, margin, panel, first, width, state, row_loss, rows, stream);
+  }
+}
+
+namespace {
+
+void exponentials(const Loss& loss, const Tensor& rows, const Panel& panel, int64_t first_class,
+                  int64_t width, cudaStream_t stream) {
+  for_type(loss.x, [&](auto zero) {
+    using T = decltype(zero);
+    using A = typename Storage<T>::Acc;
+    Exponentials<T> params{};
+    params.target = pointer<int64_t>(loss.y);
+    params.rows = pointer<A>(rows);
+    params.class_weight = pointer<A>(loss.class_weight);
+    params.z = pointer<A>(panel.z);
+    params.e = mutable_pointer<typename Storage<T>::E>(panel.e);
+    params.n = loss.n();
+    params.first_class = first_class;
+    params.width = width;
+    params.stride = panel.z.size(1);
+    params.ignore_index = loss.ignore_index;
+    params.class_weights = loss.smooth();
+    params.target_in_e = loss.target_in_e();
+    C10_CUDA_CHECK(launch_exponentials(params, stream));
+  });
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Tensor& grad,
+                                                const Tensor& divisor, const Tensor& rows,
+                                                int64_t class_chunk, bool need_input,
+                                                bool need_weight, cudaStream_t stream) {
+  const int64_t n = loss.n(), d = loss.d(), c = loss.c(), chunk = std::min(class_chunk, c);
+  const int64_t e_rows = loss.e_rows(n);
+  const Tensor &x = loss.x, &w = loss.w;
+  const Panel panel = make_panel(loss, n, padded(chunk), /*keep_e=*/true);
+  const auto e_type = panel.e.scalar_type();
+  Tensor dx, dw, product, slice;
+  if (need_input) product = at::empty({e_rows, d}, loss.wide());
+  if (need_weight) {
+    dw = at::empty_like(w);
+    if (w.scalar_type() != e_type) slice = at::empty({chunk, d}, panel.e.options());
+  }
+  const Upstream upstream = backward_rows(loss, grad, divisor, rows, need_weight, stream);
+  const Shares shares = upstream.of(loss);
+
+  for (int64_t first = 0; first < c; first += chunk) {
+    const int64_t width = std::min(chunk, c - first);
+    make_logits(loss, panel, first, width);
+    exponentials(loss, rows, panel, first, width, stream);
+    const Tensor e = corner(panel.e, e_rows, width);
+    if (need_input) matmul(product, e, w.narrow(0, first, width).to(e_type), /*add=*/first > 0);
+    if (!need_weight) continue;
+    const Tensor dw_slice = dw.narrow(0, first, width);
+    const Tensor sum = slice.defined() ? slice.narrow(0, 0, width) : dw_slice;
+    matmul(sum, e.t(), upstream.scaled_x);
+    finish_gradients(x, w, loss.y, shares, Tensor(), Tensor(), sum, first, /*wide=*/false, stream);
+    if (slice.defined()) dw_slice.copy_(sum);
+  }
+  if (need_input) {
+    const bool in_place = x.scalar_type() == product.scalar_type();
+    dx = in_place ? product.narrow(0, 0, n) : at::empty_like(x);
+    finish_gradients(x, w, loss.y, shares, product, dx, Tensor(), 0, /*wide=*/false, stream);
+  }
+  return {dx, dw};
+}
+
+}  // namespace lsoftmax

@@ -1,0 +1,121 @@
+// What a warp does with finished sums of a tile: exponentials, written to E and summed by row.
+#pragma once
+
+#include "block.cuh"
+#include "hopper.cuh"
+#include "hopper.h"
+
+namespace lsoftmax {
+
+// Each multiplying warp turns its accumulators into rows by way of shared memory of its own: 16
+// rows by 64 classes at a time, in 16-byte pieces of 8 classes, swizzled like a tile.
+constexpr int kChunkClasses = 64, kPieceClasses = 8, kPieceWords = 4;
+constexpr int kPieces = kChunkClasses / kPieceClasses;
+constexpr int kWarpRows = 16, kWarpPieces = kWarpRows * kPieces;
+constexpr int kMultiplyingWarps = kTileRows / kWarpRows;
+constexpr int kStagingBytes = kMultiplyingWarps * kWarpPieces * 16;
+
+struct Tile {
+  int64_t row, first_class, number;  // number: of its column of tiles
+};
+
+// Of one of the two rows of a tile that a thread has sums of, what concerns their exponentials.
+struct RowOfTile {
+  float reference = 0;
+  int end = kTileClasses;  // classes of this tile from here on count as 0: there are none, or the
+                           // row is ignored
+  int target = -1;         // among this tile's classes, or not
+
+  __device__ RowOfTile(const GemmExponentials& p, int64_t row, int64_t first_class) {
+    if (row >= p.n) return;  // nothing is stored of it
+    reference = p.reference[row];
+    const int64_t y = p.target[row], place = y - p.first_class - first_class;
+    if (p.c - first_class < end) end = static_cast<int>(p.c - first_class);
+    if (y == p.ignore_index) end = 0;
+    if (place >= 0 && place < kTileClasses) target = static_cast<int>(place);
+  }
+  __device__ bool plain() const { return end == kTileClasses && target < 0; }
+
+  // Two comparisons a logit are a third of the epilogue: most warps have no need of them.
+  template <bool kPlain>
+  __device__ float exponential(float z, int column) const {
+    const float e = hopper::exp2_fast(fmaf(z, kLog2E, -reference));
+    return kPlain || (column < end && column != target) ? e : 0.0f;
+  }
+};
+
+// What one warp does with its 16 rows by 256 classes of finished sums.
+struct Epilogue {
+  const GemmExponentials& p;
+  Tile tile;
+  int64_t first_row;       // of the warp
+  int warp, lane;          // warp: among the multiplying ones
+  RowOfTile upper, lower;  // rows lane / 4 and lane / 4 + 8 of the warp
+
+  __device__ Epilogue(const GemmExponentials& params, const Tile& t, int multiplying_warp)
+      : p(params),
+        tile(t),
+        first_row(t.row + multiplying_warp * kWarpRows),
+        warp(multiplying_warp),
+        lane(threadIdx.x % kWarp),
+        upper(p, first_row + lane / 4, t.first_class),
+        lower(p, first_row + lane / 4 + 8, t.first_class) {}
+
+  template <bool kPlain>
+  __device__ void take(const float (&sums)[hopper::kAccumulators]) const {
+    const auto words = hopper::dynamic_shared<uint32_t>();
+    float upper_sum = 0, lower_sum = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < kTileClasses; chunk += kChunkClasses) {
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int i = (chunk / kPieceClasses + piece) * 4;  // see kAccumulators
+        const int column = chunk + piece * kPieceClasses + lane % 4 * 2;
+        const float u0 = upper.exponential<kPlain>(sums[i], column);
+        const float u1 = upper.exponential<kPlain>(sums[i + 1], column + 1);
+        const float l0 = lower.exponential<kPlain>(sums[i + 2], column);
+        const float l1 = lower.exponential<kPlain>(sums[i + 3], column + 1);
+        upper_sum += u0 + u1;
+        lower_sum += l0 + l1;
+        if (p.e == nullptr) continue;
+        words[place(lane / 4, piece) * kPieceWords + lane % 4] = hopper::pack_bfloat16(u0, u1);
+        words[place(lane / 4 + 8, piece) * kPieceWords + lane % 4] = hopper::pack_bfloat16(l0, l1);
+      }
+      if (p.e == nullptr) continue;
+      __syncwarp();
+      store(tile.first_class + chunk);
+      __syncwarp();  // before the next chunk overwrites this one
+    }
+    if (p.partial == nullptr) return;
+    store_sum(upper_sum, first_row + lane / 4);
+    store_sum(lower_sum, first_row + lane / 4 + 8);
+  }
+
+  // Of piece `piece` of row `row` of the warp's chunk, in pieces.
+  __device__ int place(int row, int piece) const {
+    return warp * kWarpPieces + row * kPieces + (piece ^ row % kPieces);
+  }
+
+  // The warp's chunk, to classes from `left` on of E: 128 bytes of 4 rows at a time. Not to be kept
+  // in the L2, which x and w need.
+  __device__ void store(int64_t left) const {
+    const auto pieces = hopper::dynamic_shared<uint4>();
+    constexpr int kRows = kWarp / kPieces;
+#pragma unroll
+    for (int first = 0; first < kWarpRows; first += kRows) {
+      const int row = first + lane / kPieces, piece = lane % kPieces;
+      const int64_t i = first_row + row, j = left + piece * kPieceClasses;
+      const uint4 values = pieces[place(row, piece)];
+      if (i < p.n && j < p.c) __stcs(reinterpret_cast<uint4*>(p.e + i * p.e_stride + j), values);
+    }
+  }
+
+  // The four lanes of a row add what they have, in an order that is always the same.
+  __device__ void store_sum(float sum, int64_t row) const {
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    if (lane % 4 == 0 && row < p.n) p.partial[row * class_tiles(p.c) + tile.number] = sum;
+  }
+};
+
+}  // namespace lsoftmax

@@ -1,0 +1,83 @@
+// The loss in budget: the N x C logits fit. The row pass turns them into E, and backward is two
+// products with E. Where they do not fit, class_chunks.cpp and row_chunks.cpp take over.
+
+#include "loss.h"
+#include "engine.h"
+
+namespace lsoftmax {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_fwd(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, int64_t margin,
+    const Tensor& lam, const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, bool save, int64_t class_chunk) {
+  const Scope scope(input);
+  const Loss loss = check_loss(input, linear_weight, target, weight, ignore_index, label_smoothing);
+  const Margin terms = check_margin(margin, lam, loss);
+  TORCH_CHECK(class_chunk >= 0, "class_chunk: expected >= 0, got ", class_chunk);
+  const int64_t n = loss.n(), c = loss.c();
+  const bool keep_e = save && class_chunk == 0;
+
+  Tensor e;
+  const Tensor rows = save ? at::empty({5, n}, loss.wide()) : Tensor();
+  const Tensor row_loss = at::empty({n}, loss.wide());
+  if (class_chunk > 0) {
+    forward_class_chunks(loss, terms, class_chunk, row_loss, rows, scope.stream);
+  } else {
+    // As lsoftmax/portable.py's e_storage has it: rows of bfloat16 are whole 16-byte packs.
+    const Panel panel = make_panel(loss, n, loss.e_is_wide() ? c : padded(c), keep_e);
+    e = panel.e;
+    if (n > 0) make_logits(loss, panel, 0, c);
+    loss_rows(loss, terms, panel, 0, c, Tensor(), row_loss, rows, scope.stream);
+  }
+  if (!keep_e) e = at::empty({0}, loss.e_options());
+  const Tensor saved = save ? rows : at::empty({0}, loss.wide());
+  if (reduction == kNone) return {row_loss, e, saved, at::ones({}, loss.wide())};
+  const Tensor out = at::empty({}, loss.wide()), divisor = at::empty({}, loss.wide());
+  loss_sum(loss, reduction == kMean, row_loss, out, divisor, scope.stream);
+  return {out, e, saved, divisor};
+}
+
+std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
+                                    const Tensor& linear_weight, const Tensor& target,
+                                    const std::optional<Tensor>& weight, const Tensor& e,
+                                    const Tensor& rows, const Tensor& divisor, int64_t ignore_index,
+                                    double label_smoothing, int64_t class_chunk, bool need_input,
+                                    bool need_weight) {
+  const Scope scope(input);
+  const Loss loss = check_loss(input, linear_weight, target, weight, ignore_index, label_smoothing);
+  const int64_t n = loss.n(), c = loss.c(), e_rows = loss.e_rows(n);
+  CHECK_LIKE(grad, input, accumulate_type(input));
+  CHECK_SHAPE(rows, {5, n});
+  TORCH_CHECK(class_chunk > 0 || (e.dim() == 2 && e.size(0) == e_rows && e.size(1) >= c),
+              "e: expected ", e_rows, " rows of at least ", c, ", got ", e.sizes());
+  Tensor dx, dw;
+  if (n == 0) {
+    if (need_input) dx = at::empty_like(input);
+    if (need_weight) dw = at::zeros_like(linear_weight);
+  } else if (class_chunk > 0) {
+    std::tie(dx, dw) = backward_class_chunks(loss, grad.contiguous(), divisor, rows, class_chunk,
+                                             need_input, need_weight, scope.stream);
+  } else {
+    const Upstream upstream =
+        backward_rows(loss, grad.contiguous(), divisor, rows, need_weight, scope.stream);
+    const Tensor e_used = corner(e, e_rows, c);
+    Tensor product;
+    if (need_input) {
+      product = at::empty({e_rows, loss.d()}, loss.wide());
+      matmul(product, e_used, loss.w.to(e.scalar_type()));
+      const bool in_place = loss.x.scalar_type() == product.scalar_type();
+      dx = in_place ? product.narrow(0, 0, n) : at::empty_like(loss.x);
+    }
+    if (need_weight) {
+      dw = at::empty_like(loss.w, e.options());
+      matmul(dw, e_used.t(), upstream.scaled_x);
+    }
+    finish_gradients(loss.x, loss.w, loss.y, upstream.of(loss), product, dx, dw, 0,
+                     /*wide=*/false, scope.stream);
+    if (need_weight) dw = dw.to(loss.w.scalar_type());
+  }
+  const Tensor none = dx.defined() && dw.defined() ? Tensor() : at::empty({0}, input.options());
+  return {dx.defined() ? dx : none, dw.defined() ? dw : none};
+}
+
+}  // namespace lsoftmax

@@ -1,0 +1,105 @@
+// One call of the loss, checked, and the steps that its regimes are made of.
+#pragma once
+
+#include "host.h"
+
+namespace lsoftmax {
+
+enum Reduction : int64_t { kNone, kMean, kSum };
+
+struct Loss {
+  Tensor x, w, y;       // contiguous
+  Tensor class_weight;  // contiguous, or undefined: all 1
+  int64_t ignore_index;
+  double label_smoothing;
+
+  int64_t n() const { return x.size(0); }
+  int64_t d() const { return x.size(1); }
+  int64_t c() const { return w.size(0); }
+  bool smooth() const { return label_smoothing > 0; }
+  // With label smoothing there is one more row of E, the class weights, and so of what meets it.
+  int64_t e_rows(int64_t rows) const { return rows + (smooth() ? 1 : 0); }
+  at::TensorOptions wide() const { return x.options().dtype(accumulate_type(x)); }
+  at::TensorOptions e_options() const { return x.options().dtype(e_type(x)); }
+  bool e_is_wide() const { return e_type(x) == accumulate_type(x); }
+  // Whether the products with E take the target's part along. Not where E is narrower than its
+  // row's numbers, nor where there are many classes: the target's exponential is about the sum of
+  // all others', and a float that holds the one loses digits of each other that is added. There it
+  // is added after the products: see FinishGradients, which for few classes has long sums to do.
+  bool target_in_e() const { return e_is_wide() && c() <= 1024; }
+
+  Loss rows(int64_t first, int64_t count) const {
+    return {x.narrow(0, first, count),
+            w,
+            y.narrow(0, first, count),
+            class_weight,
+            ignore_index,
+            label_smoothing};
+  }
+};
+
+Loss check_loss(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing);
+
+// What the forward pass alone needs to know.
+struct Margin {
+  int value;
+  Tensor lam;         // ()
+  Tensor weight_sum;  // (), of the class weights; undefined without them or without smoothing
+};
+
+Margin check_margin(int64_t margin, const Tensor& lam, const Loss& loss);
+
+// Room for the logits of some rows and classes, and for the exponentials they become.
+struct Panel {
+  Tensor z;  // (rows, stride)
+  Tensor e;  // (rows, or with label smoothing rows + 1, stride), in place of z where types allow;
+             // undefined: not kept
+};
+
+// Whole packs to a row, which kernels and matrix units like best.
+inline int64_t padded(int64_t classes) { return (classes + 7) / 8 * 8; }
+
+Panel make_panel(const Loss& loss, int64_t rows, int64_t stride, bool keep_e);
+
+// The first `rows` rows and `columns` columns.
+inline Tensor corner(const Tensor& matrix, int64_t rows, int64_t columns) {
+  return matrix.as_strided({rows, columns}, {matrix.size(1), 1});
+}
+
+// Logits of the classes [first_class, first_class + width), into panel.z.
+void make_logits(const Loss& loss, const Panel& panel, int64_t first_class, int64_t width);
+
+// LossRows. `state` is undefined where all classes come at once, `rows` where there is no backward.
+void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64_t first_class,
+               int64_t width, const Tensor& state, const Tensor& row_loss, const Tensor& rows,
+               cudaStream_t stream);
+
+// LossSum. `row_loss` and `out` may be undefined: the divisor alone.
+void loss_sum(const Loss& loss, bool mean, const Tensor& row_loss, const Tensor& out,
+              const Tensor& divisor, cudaStream_t stream);
+
+// BackwardRows, and what FinishGradients wants of it.
+struct Upstream {
+  Tensor shares;    // (5, N)
+  Tensor scaled_x;  // (e_rows(N), D), as wide as E; undefined without need_weight, as is order
+  Tensor order;     // (N,)
+
+  Shares of(const Loss& loss) const;
+};
+
+// An undefined `grad` is 1.
+Upstream backward_rows(const Loss& loss, const Tensor& grad, const Tensor& divisor,
+                       const Tensor& rows, bool need_weight, cudaStream_t stream);
+
+// The over-budget regime of loss_fwd: fills row_loss and, where defined, rows.
+void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_chunk,
+                          const Tensor& row_loss, const Tensor& rows, cudaStream_t stream);
+
+// Of loss_bwd: dX and dW, undefined where not needed.
+std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Tensor& grad,
+                                                const Tensor& divisor, const Tensor& rows,
+                                                int64_t class_chunk, bool need_input,
+                                                bool need_weight, cudaStream_t stream);
+
+}  // namespace lsoftmax

@@ -1,0 +1,50 @@
+// The loss of a batch from the losses of its rows, and the divisor of its mean.
+
+#include <c10/macros/Macros.h>
+
+#include "block.cuh"
+#include "lsoftmax.h"
+
+namespace lsoftmax {
+namespace {
+
+struct LossAndWeight {
+  double loss, weight;
+};
+
+struct AddLosses {
+  __device__ LossAndWeight operator()(const LossAndWeight& p, const LossAndWeight& q) const {
+    return {p.loss + q.loss, p.weight + q.weight};
+  }
+};
+
+// One block, a fixed order: the same bits in every run.
+template <typename Acc>
+__global__ void __launch_bounds__(kMaxThreads) loss_sum_kernel(LossSum<Acc> p) {
+  LossAndWeight sum{0, 0};
+  for (int64_t i = threadIdx.x; i < p.n; i += blockDim.x) {
+    if (p.row_loss != nullptr) sum.loss += static_cast<double>(p.row_loss[i]);
+    const int64_t y = p.target[i];
+    if (y != p.ignore_index) {
+      CUDA_KERNEL_ASSERT(y >= 0 && y < p.c);
+      sum.weight += p.class_weight == nullptr ? 1 : static_cast<double>(p.class_weight[y]);
+    }
+  }
+  sum = block_reduce(sum, AddLosses{});
+  if (threadIdx.x != 0) return;
+  const double divisor = p.mean ? sum.weight : 1;
+  if (p.loss != nullptr) *p.loss = static_cast<Acc>(sum.loss / divisor);
+  *p.divisor = static_cast<Acc>(divisor);
+}
+
+}  // namespace
+
+template <typename Acc>
+cudaError_t launch_loss_sum(const LossSum<Acc>& params, cudaStream_t stream) {
+  return launch(loss_sum_kernel<Acc>, 1, threads_for(params.n), stream, params);
+}
+
+template cudaError_t launch_loss_sum(const LossSum<float>&, cudaStream_t);
+template cudaError_t launch_loss_sum(const LossSum<double>&, cudaStream_t);
+
+}  // namespace lsoftmax

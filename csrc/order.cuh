@@ -1,0 +1,24 @@
+// The rows of a small batch sorted by target, by a kernel that has a block a row anyway.
+#pragma once
+
+#include "block.cuh"
+
+namespace lsoftmax {
+
+struct AddCounts {
+  __device__ int operator()(int p, int q) const { return p + q; }
+};
+
+// Puts row i in its place: after those with a smaller target, and earlier ones with the same. Each
+// block reads all targets, N^2 reads in all; above some thousand rows a sort is faster.
+__device__ inline void write_order(int64_t* order, const int64_t* target, int64_t n, int64_t i) {
+  const int64_t y = target[i];
+  int before = 0;
+  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) {
+    before += target[k] < y || (target[k] == y && k < i) ? 1 : 0;
+  }
+  before = block_reduce(before, AddCounts{});
+  if (threadIdx.x == 0) order[before] = i;
+}
+
+}  // namespace lsoftmax

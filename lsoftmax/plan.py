@@ -1,0 +1,103 @@
+"""Which way round the N x C logits a call takes: chosen from its shape and the memory there is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+# Bytes a logit takes where all N x C are kept: in place of the logits, but for bfloat16, whose
+# float32 logits become exponentials in bfloat16.
+_BYTES = {torch.float64: 8, torch.float32: 4, torch.float16: 4, torch.bfloat16: 6}
+
+# So little that nobody asks how much memory there is: 64 MB.
+_LITTLE = 1 << 26
+
+# The share of the free memory that the logits may take: the model wants some as well.
+_SHARE = 4
+
+# Chunks of rows pay for themselves from this many: each reads and writes all of dW once, in
+# float32, beside 6 C D flops a row. On an H200 (790 TFLOP/s, 4.3 TB/s) that traffic is an eighth of
+# the products at 2,000 rows; two CPU cores (0.2 TFLOP/s, 10 GB/s) are there at 256. Chunks of
+# classes do a third more flops, whatever their size.
+_LEAST_ROWS = {"cuda": 2048, "cpu": 256}
+
+# Classes a chunk has at least, and a multiple of: whole 16-byte packs in every type.
+_LEAST_CLASSES = 8
+
+
+class Plan(NamedTuple):
+    """How a loss is computed; both 0: the N x C exponentials are kept for backward ("in budget").
+
+    Attributes:
+        class_chunk: classes at a time, exponentials made again in backward: 8 N C D flops.
+        row_chunk: rows at a time, gradients formed in forward: 6 N C D flops, and only for a loss
+            that is one number.
+        bytes: what the N x C arrays, or those of a chunk, take; with the float32 sums of gradients.
+    """
+
+    class_chunk: int
+    row_chunk: int
+    bytes: int
+
+
+def choose(
+    n: int,
+    d: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    scalar: bool,
+    needs_grad: bool = True,
+    memory_budget: int | None = None,
+) -> Plan:
+    """The plan for (N, D) features and (C, D) weights.
+
+    Args:
+        n, d, num_classes: N, D, C.
+        dtype: of the matrices.
+        device: theirs.
+        scalar: whether the loss is one number (``reduction`` "mean" or "sum").
+        needs_grad: whether there will be a backward pass.
+        memory_budget: bytes for what is N x C; None: a quarter of the memory that is free.
+    """
+    size = _BYTES[dtype]
+    whole = n * num_classes * size
+    if memory_budget is None:
+        memory_budget = _LITTLE if whole <= _LITTLE else free_memory(device) // _SHARE
+    if whole <= memory_budget:
+        return Plan(0, 0, whole)
+    sums = 4 * (n + num_classes) * d  # of dX and dW, in float32
+    rows = (memory_budget - sums) // (num_classes * size)
+    if scalar and needs_grad and rows >= _LEAST_ROWS.get(device.type, n):
+        rows = _even(n, rows, 1)
+        return Plan(0, rows, rows * num_classes * size + sums)
+    classes = max(_LEAST_CLASSES, memory_budget // (n * size))
+    classes = _even(num_classes, classes, _LEAST_CLASSES)
+    return Plan(classes, 0, classes * n * size)
+
+
+def _even(total: int, most: int, multiple: int) -> int:
+    """The size of chunks of at most about ``most`` that are alike, a multiple of ``multiple``."""
+    chunks = -(-total // most)
+    size = -(-total // chunks)
+    return -(-size // multiple) * multiple
+
+
+@torch.compiler.assume_constant_result
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on ``device`` now; what torch has cached included."""
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # not the time to ask the driver
+            return torch.cuda.get_device_properties(device).total_memory // 2
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

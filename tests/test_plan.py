@@ -1,0 +1,137 @@
+"""Which way round N x C is chosen, what it says of itself, and what the chunks do with memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import lsoftmax
+from lsoftmax import functional
+from lsoftmax import plan as planning
+from lsoftmax.plan import Plan, choose
+from problems import problem
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def chosen(n: int, d: int, c: int, device: torch.device = CUDA, **options) -> Plan:
+    options = {"scalar": True, "dtype": torch.bfloat16, **options}
+    return choose(n, d, c, options.pop("dtype"), device, **options)
+
+
+def test_what_fits_is_kept() -> None:
+    assert chosen(256, 512, 10_000, memory_budget=256 * 10_000 * 6)[:2] == (0, 0)
+    assert chosen(256, 512, 10_000, memory_budget=256 * 10_000 * 6 - 1)[:2] != (0, 0)
+    assert chosen(256, 512, 10_000, dtype=torch.float32, memory_budget=256 * 40_000)[:2] == (0, 0)
+
+
+def test_little_is_kept_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask for the free memory costs more than a small loss, and cannot be done in a capture."""
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1 / 0)
+    assert chosen(256, 512, 10_000)[:2] == (0, 0)
+    with pytest.raises(ZeroDivisionError):
+        chosen(4096, 512, 1_000_000)
+
+
+@pytest.mark.parametrize("free", [1 << 30, 16 << 30, 130 << 30])
+def test_automatic_choice_keeps_to_a_quarter_of_what_is_free(
+    free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "free_memory", lambda device: free)
+    for n, d, c in ((1024, 512, 100_000), (16_384, 512, 100_000), (4096, 512, 1_000_000)):
+        for scalar in (True, False):
+            assert chosen(n, d, c, scalar=scalar).bytes <= free / 4
+
+
+def test_rows_only_where_they_pay() -> None:
+    """Gradients in forward need a loss that is one number, room for dW, and many rows a chunk."""
+    shape = (16_384, 512, 100_000)
+    budget = 2 << 30
+    assert chosen(*shape, memory_budget=budget).row_chunk >= 2048
+    assert chosen(*shape, memory_budget=budget, scalar=False).row_chunk == 0
+    assert chosen(*shape, memory_budget=budget, needs_grad=False).row_chunk == 0
+    assert chosen(4096, 512, 1_000_000, memory_budget=budget).row_chunk == 0
+    assert chosen(16_384, 512, 100_000, memory_budget=1 << 30).class_chunk > 0
+
+
+@pytest.mark.parametrize("budget", [1, 10**4, 10**6, 10**8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_chunks_keep_to_the_budget_and_are_alike(budget: int, dtype: torch.dtype) -> None:
+    for n, c in ((1, 7), (100, 1001), (3000, 50_000), (70_000, 3)):
+        plan = chosen(n, 16, c, CPU, dtype=dtype, memory_budget=budget)
+        least = n * 8 * 8  # eight classes of float64 is the least there is
+        assert plan.bytes <= max(budget, least) * 1.1 + least
+        total, chunk = (n, plan.row_chunk) if plan.row_chunk else (c, plan.class_chunk)
+        if chunk:
+            last = total % chunk or chunk
+            assert plan.class_chunk % 8 == 0
+            assert last > chunk - 8 * -(-total // chunk), "the last chunk is as large as the others"
+
+
+def test_plan_reads_back_what_the_loss_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(40, 8, 1000, torch.float32)
+    assert functional.plan(p.x, p.w)[:2] == (0, 0)
+    seen = []
+    real = functional.ops.loss
+    monkeypatch.setattr(functional.ops, "loss", lambda *args: seen.append(args[-1]) or real(*args))
+    head = lsoftmax.LSoftmaxLoss(8, 1000, memory_budget=20_000)
+    head(p.x, p.y)
+    assert seen == [functional.plan(p.x, head.linear.weight, memory_budget=20_000)]
+    assert seen[0].class_chunk > 0
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "1", True])
+def test_bad_budgets(budget) -> None:
+    p = problem(4, 3, 5)
+    with pytest.raises((TypeError, ValueError), match="memory_budget: expected"):
+        functional.lsoftmax_loss(p.x, p.w, p.y, memory_budget=budget)
+    with pytest.raises((TypeError, ValueError), match="memory_budget: expected"):
+        lsoftmax.LSoftmaxLoss(3, 5, memory_budget=budget)
+
+
+def test_compiles_with_a_budget() -> None:
+    torch._dynamo.reset()
+    p = problem(12, 8, 500, torch.float32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, budget: int) -> torch.Tensor:
+        return functional.lsoftmax_loss(x, w, y, memory_budget=budget)
+
+    for budget in (5000, 10**6):
+        loss = functional.lsoftmax_loss(p.x, p.w, p.y, memory_budget=budget)
+        expected = torch.autograd.grad(loss, (p.x, p.w))
+        ours = compiled(p.x, p.w, p.y, budget)
+        torch.testing.assert_close(ours, loss)
+        for a, b in zip(torch.autograd.grad(ours, (p.x, p.w)), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_peak_memory_of_a_million_classes() -> None:
+    """What is held above inputs and gradients is a panel, whatever C; all logits are 64 MB."""
+    n, d, c = 16, 8, 1_000_000
+    p = problem(n, d, c, torch.float32)
+
+    def step() -> None:
+        loss = functional.lsoftmax_loss(p.x, p.w, p.y, memory_budget=8 << 20)
+        torch.autograd.grad(loss, (p.x, p.w))
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        step()
+    held = peak = 0
+    for event in run.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 4 * c * d < peak < 4 * (c * d + n * d) + (16 << 20)
+
+
+def test_out_of_memory_says_what_to_do() -> None:
+    """64 TB of logits cannot be had; nothing is changed, and a budget is named."""
+    x = torch.randn(1, 1).expand(1 << 20, 1).requires_grad_()
+    w = torch.randn(1, 1).expand(1 << 24, 1)
+    y = torch.zeros(1 << 20, dtype=torch.int64)
+    with pytest.raises(torch.OutOfMemoryError, match=r"\(1048576, 1\).*memory_budget=\d+"):
+        functional.lsoftmax_loss(x, w, y, memory_budget=1 << 60)
+    assert x.grad is None
