@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import functional
 from .schedule import LambdaSchedule
@@ -12,10 +13,10 @@ __all__ = ["LSoftmaxLinear", "LSoftmaxLoss"]
 
 
 def default_schedule() -> LambdaSchedule:
-    """What ``lam=None`` means: SphereFace's schedule, which trained without collapse in every first
-    test: base 1000, gamma 0.12, power 1, never below 5.
+    """What ``lam=None`` means: a layer does not know how long it will be trained, so lam follows
+    the measured angle. Where the number of steps is known, ``LambdaSchedule.for_steps`` is better.
     """
-    return LambdaSchedule(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)
+    return LambdaSchedule.by_angle()
 
 
 class _Annealed(nn.Module):
@@ -39,10 +40,44 @@ class _Annealed(nn.Module):
         """The current annealing weight, a 0-dim float32 tensor on the layer's device."""
         return self.schedule.lam
 
-    def _is_training_step(self) -> bool:
+    def _upcoming_lam(self) -> Tensor:
+        """lam for the forward that begins."""
+        return self.schedule.upcoming() if self._advances() else self.lam
+
+    def _end_forward(
+        self,
+        lam: Tensor,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        ignore_index: int | None = None,
+    ) -> None:
+        """Only after the function has returned: a forward that raised is no training step."""
+        if self._advances():
+            self.schedule.commit(lam)
+        if self.schedule.keep is not None and self._is_training():
+            cosine = _mean_cosine(input, linear_weight, target, ignore_index)
+            self.schedule.observe(cosine, self.margin)
+
+    def _advances(self) -> bool:
         schedule = self.schedule
-        advances = schedule.auto_step and not schedule.is_constant
-        return advances and self.training and torch.is_grad_enabled()
+        return schedule.auto_step and not schedule.is_constant and self._is_training()
+
+    def _is_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+
+@torch.no_grad()
+def _mean_cosine(
+    input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None
+) -> Tensor:
+    """Between each feature and its class vector, mean over the kept rows: 0-dim; 0 if none is."""
+    if ignore_index is None:
+        return F.cosine_similarity(input.float(), linear_weight[target].float(), dim=-1).mean()
+    kept = target != ignore_index
+    own = linear_weight[torch.where(kept, target, 0)]
+    cosine = F.cosine_similarity(input.float(), own.float(), dim=-1)
+    return torch.where(kept, cosine, 0).sum() / kept.sum().clamp(min=1)
 
 
 class LSoftmaxLoss(_Annealed):
@@ -52,7 +87,7 @@ class LSoftmaxLoss(_Annealed):
     ``linear.weight``. Training calls the module; inference is ``loss.linear(x)``, plain logits. The
     loss is that of :func:`lsoftmax.functional.lsoftmax_loss` (Liu et al., ICML 2016).
 
-    ``state_dict()`` holds ``linear.weight``, ``weight`` where given, and with a schedule its two
+    ``state_dict()`` holds ``linear.weight``, ``weight`` where given, and with a schedule its
     buffers. A checkpoint of ``LinearCrossEntropyLoss(bias=False)`` loads as it is; the other way
     round ``strict=False`` passes over the schedule (with a constant ``lam`` there is none).
 
@@ -61,10 +96,13 @@ class LSoftmaxLoss(_Annealed):
         num_classes: C.
         margin: integer m >= 1; 1 is plain softmax.
         lam: annealing: a :class:`LambdaSchedule` (which then belongs to this layer), a constant
-            >= 0, or None for the default schedule (base 1000, gamma 0.12, power 1, minimum 5).
+            >= 0, or None for :meth:`LambdaSchedule.by_angle`. Where the number of training steps
+            is known, pass ``LambdaSchedule.for_steps(total_steps)``.
         device: of the module.
         dtype: of ``linear.weight``.
         reduction, weight, ignore_index, label_smoothing: as :class:`torch.nn.CrossEntropyLoss`.
+        memory_budget: bytes that what is N x C may take, as in
+            :func:`lsoftmax.functional.lsoftmax_loss`.
 
     Shape:
         - input: (N, D) or (D,)
@@ -95,9 +133,11 @@ class LSoftmaxLoss(_Annealed):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        memory_budget: int | None = None,
     ) -> None:
         super().__init__()
         functional.check_loss_options(reduction, ignore_index, label_smoothing)
+        functional.check_memory_budget(memory_budget)
         if weight is not None:
             functional.check_class_weight(weight, num_classes)
         self.linear = nn.Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
@@ -108,11 +148,11 @@ class LSoftmaxLoss(_Annealed):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self.memory_budget = memory_budget
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss; a training forward with gradients enabled advances the schedule by one step."""
-        is_step = self._is_training_step()
-        lam = self.schedule.upcoming() if is_step else self.lam
+        lam = self._upcoming_lam()
         loss = functional.lsoftmax_loss(
             input,
             self.linear.weight,
@@ -123,9 +163,9 @@ class LSoftmaxLoss(_Annealed):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            memory_budget=self.memory_budget,
         )
-        if is_step:  # only now: a forward that raised is no training step
-            self.schedule.commit(lam)
+        self._end_forward(lam, input, self.linear.weight, target, self.ignore_index)
         return loss
 
     def extra_repr(self) -> str:
@@ -175,11 +215,9 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
         """Margin logits with a target (a training forward advances the schedule), else plain."""
         if target is None:
             return super().forward(input)
-        is_step = self._is_training_step()
-        lam = self.schedule.upcoming() if is_step else self.lam
+        lam = self._upcoming_lam()
         logits = functional.lsoftmax_linear(input, self.weight, target, self.margin, lam)
-        if is_step:
-            self.schedule.commit(lam)
+        self._end_forward(lam, input, self.weight, target)
         return logits
 
     def extra_repr(self) -> str:

@@ -88,8 +88,8 @@ def test_step_by_hand() -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     schedule = LSoftmaxLoss(6, 5).schedule
-    assert (schedule.base, schedule.gamma, schedule.power) == (1000.0, 0.12, 1.0)
-    assert schedule.minimum == 5.0
+    assert repr(schedule) == repr(LambdaSchedule.by_angle())
+    assert (schedule.base, schedule.minimum, schedule.keep) == (1000.0, 0.5, 0.6)
 
 
 def test_lam_keeps_its_bits_when_the_layer_changes_type() -> None:
@@ -156,7 +156,7 @@ def test_exchange_with_linear_cross_entropy_loss() -> None:
     assert annealed.schedule.steps == 0
     result = theirs_class(6, 5).load_state_dict(annealed.state_dict(), strict=False)
     assert result.missing_keys == []
-    assert set(result.unexpected_keys) == {"schedule.steps", "schedule.lam"}
+    assert set(result.unexpected_keys) == {"schedule.steps", "schedule.lam", "schedule.share"}
 
 
 def test_exchange_with_linear() -> None:

@@ -1,0 +1,229 @@
+"""Tables and plots of the trainability study, from its results into docs/training.md."""
+
+from __future__ import annotations
+
+import io
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import files
+from study_tasks import ANNEALINGS, TASKS, Cell
+
+DOCS = Path(__file__).parents[1] / "docs"
+KEY = re.compile(" ".join(f"{name}=(.*)" for name in Cell.__dataclass_fields__))
+LOSSES = [name for name in ANNEALINGS if name != "softmax"]
+WORSE = 5.0  # points of error above softmax's that count as a failure: half a lost digit
+
+Results = dict[Cell, dict[str, Any]]
+
+
+def write(runs: dict[str, dict[str, Any]]) -> None:
+    """The blocks of docs/training.md between <!-- name --> and <!-- end -->, and its plots."""
+    results = {cell_of(key): figures for key, figures in runs.items()}
+    blocks = {
+        "runs": runs_table(results),
+        "failures": failures_table(results),
+        "figures": figures_table(results),
+        "rates": rates_table(results),
+    }
+    page = DOCS / "training.md"
+    text = page.read_text()
+    for name, block in blocks.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda m, b=block: m[1] + b + m[2], text, flags=re.DOTALL)
+        if found != 1:
+            raise SystemExit(f"{page}: expected one block <!-- {name} --> ... <!-- end -->")
+    files.write(page, text.encode())
+    for name, figure in (
+        ("failures", plot_failures(results)),
+        ("figures", plot_figures(results)),
+        ("norms", plot_norms(results)),
+    ):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        files.write(DOCS / f"training-{name}.png", buffer.getvalue())
+
+
+def cell_of(key: str) -> Cell:
+    """The cell that has this key."""
+    match = KEY.fullmatch(key)
+    if match is None:
+        raise SystemExit(f"results: expected a cell's name, got {key!r}")
+    task, margin, annealing, lr, seed, *rest = match.groups()
+    return Cell(task, int(margin), annealing, float(lr), int(seed), *rest)
+
+
+def softmax_error(results: Results) -> dict[tuple[str, ...], float]:
+    """Mean error of softmax by what cells trained side by side have in common."""
+    errors = defaultdict(list)
+    for cell, run in results.items():
+        if cell.margin == 1:
+            errors[cell.group].append(run["error"])
+    return {group: statistics.mean(values) for group, values in errors.items()}
+
+
+def failures(results: Results) -> dict[tuple[str, int, str], list[bool]]:
+    """Which runs failed, by task, margin and annealing."""
+    baseline, failed = softmax_error(results), defaultdict(list)
+    for cell, run in results.items():
+        if cell.margin > 1 and cell.group in baseline:
+            lost = run["diverged"] is not None or run["error"] > baseline[cell.group] + WORSE
+            failed[cell.task, cell.margin, cell.annealing].append(lost)
+    return failed
+
+
+def select(results: Results, like: Cell) -> list[dict[str, Any]]:
+    """All seeds of a cell."""
+    return [run for cell, run in results.items() if replace(cell, seed=like.seed) == like]
+
+
+def spread(runs: Iterable[dict[str, Any]], name: str) -> str:
+    values = [run[name] for run in runs]
+    if not values:
+        return "-"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def columns(results: Results) -> list[tuple[str, int]]:
+    """Tasks and margins that were tried."""
+    tried = {(cell.task, cell.margin) for cell in results if cell.margin > 1}
+    return sorted(tried, key=lambda column: ([*TASKS].index(column[0]), column[1]))
+
+
+def runs_table(results: Results) -> str:
+    """How many trainings there are, and of what."""
+    rows = []
+    for name, task in TASKS.items():
+        cells = [cell for cell in results if cell.task == name]
+        settings = {f"{c.optimizer} {c.lr:g} {c.activation} {c.dtype}" for c in cells}
+        seeds = len({cell.seed for cell in cells})
+        diverged = sum(results[cell]["diverged"] is not None for cell in cells)
+        numbers = (task.epochs, len(settings), seeds, len(cells), diverged)
+        rows.append([name, *map(str, numbers), "; ".join(sorted(settings))])
+    head = ["task", "epochs", "settings", "seeds", "trainings", "not finite", "which settings"]
+    return table(head, rows)
+
+
+def failures_table(results: Results) -> str:
+    failed = failures(results)
+    rows = [
+        [name, *(share(failed[task, margin, name]) for task, margin in columns(results))]
+        for name in LOSSES
+    ]
+    return table(["failed / run", *(f"{task}, m = {m}" for task, m in columns(results))], rows)
+
+
+def share(lost: Sequence[bool]) -> str:
+    return f"{sum(lost)} / {len(lost)}" if lost else "-"
+
+
+def figures_table(results: Results) -> str:
+    """Error and angle of m = 4 at learning rate 0.1, ReLU, float32."""
+    rows = []
+    for name in ANNEALINGS:
+        cells = [Cell(task, 1 if name == "softmax" else 4, name, 0.1, 0) for task in TASKS]
+        found = [select(results, cell) for cell in cells]
+        rows.append([name, *(spread(runs, key) for runs in found for key in ("error", "angle"))])
+    return table(["m = 4", *(f"{task}, {key}" for task in TASKS for key in ("%", "°"))], rows)
+
+
+def rates_table(results: Results) -> str:
+    """Error and angle on digits of m = 4 by learning rate and activation."""
+    rows = []
+    for name in ("softmax", "for_steps, keep=None", "for_steps", "by_angle"):
+        row = [name]
+        for activation in ("relu", "prelu"):
+            for lr in (0.01, 0.03, 0.1):
+                margin = 1 if name == "softmax" else 4
+                runs = select(results, Cell("digits", margin, name, lr, 0, activation))
+                row.append(f"{spread(runs, 'error')}; {spread(runs, 'angle')}")
+        rows.append(row)
+    rates = [f"{a}, {lr}" for a in ("ReLU", "PReLU") for lr in (0.01, 0.03, 0.1)]
+    return table(["digits, m = 4: %; °", *rates], rows)
+
+
+def plot_failures(results: Results) -> Figure:
+    """Share of failed runs, annealing by task and margin."""
+    failed, across = failures(results), columns(results)
+    figure = Figure(figsize=(1.6 + 0.85 * len(across), 4.4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for row, name in enumerate(LOSSES):
+        for column, (task, margin) in enumerate(across):
+            lost = failed[task, margin, name]
+            if lost:
+                part = sum(lost) / len(lost)
+                colour = (1, 1 - 0.75 * part, 1 - 0.8 * part) if part else (0.86, 0.95, 0.86)
+                axes.fill_between([column, column + 1], row, row + 1, color=colour, lw=0)
+                text = f"{100 * part:.0f}%"
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9)
+    axes.set(xlim=(0, len(across)), ylim=(len(LOSSES), 0), title="Failed trainings")
+    axes.set_xticks([i + 0.5 for i in range(len(across))])
+    axes.set_xticklabels([f"{task}\nm = {margin}" for task, margin in across], fontsize=8)
+    axes.set_yticks([i + 0.5 for i in range(len(LOSSES))])
+    axes.set_yticklabels(LOSSES)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def plot_figures(results: Results) -> Figure:
+    """Error against angle: mean of the seeds, m = 4, learning rate 0.1, ReLU."""
+    figure = Figure(figsize=(3.4 * len(TASKS), 3.9), dpi=120, layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        baseline = select(results, Cell(task, 1, "softmax", 0.1, 0))
+        limit = statistics.mean(run["error"] for run in baseline) + WORSE if baseline else 100
+        for index, name in enumerate(ANNEALINGS):
+            runs = select(results, Cell(task, 1 if name == "softmax" else 4, name, 0.1, 0))
+            error, angle = ([run[key] for run in runs] for key in ("error", "angle"))
+            if not runs or statistics.mean(error) > limit:
+                continue
+            axes.errorbar(
+                *(statistics.mean(angle), statistics.mean(error)),
+                xerr=statistics.pstdev(angle),
+                yerr=statistics.pstdev(error),
+                fmt="*" if name == "softmax" else "o",
+                ms=11 if name == "softmax" else 6,
+                color="black" if name == "softmax" else f"C{index}",
+                label=name,
+            )
+        axes.set(title=task, xlabel="angle to the own class, degrees", xlim=(0, None))
+        axes.legend(fontsize=7)
+    figure.axes[0].set_ylabel("test error, % (failed ones left out)")
+    return figure
+
+
+def plot_norms(results: Results) -> Figure:
+    """Norms and angle along one training, m = 4: a task with few classes and one with many."""
+    tasks, names = (
+        ("digits", "omniglot"),
+        ("none", "constant 5", "for_steps, keep=None", "for_steps"),
+    )
+    titles = {2: "lam", 3: "mean angle, degrees", 4: "mean |x|", 5: "smallest |w|"}
+    figure = Figure(figsize=(12, 5.6), dpi=120, layout="constrained")
+    for row, (task, line) in enumerate(zip(tasks, figure.subplots(2, 4), strict=True)):
+        for axes, (column, title) in zip(line, titles.items(), strict=True):
+            for colour, name in enumerate(names):
+                trace = results.get(Cell(task, 4, name, 0.1, 0), {}).get("trace", [])
+                steps, values = ([point[i] for point in trace] for i in (0, column))
+                axes.plot(steps, values, color=f"C{colour}", label=name)
+            if column == 2:
+                axes.set_yscale("symlog", linthresh=0.1)
+                axes.set_ylabel(f"{task}, m = 4")
+            axes.set(title=title if row == 0 else "", xlabel="step" if row else "")
+            if column != 2:
+                axes.set_ylim(0, None)
+    figure.axes[1].legend(fontsize=7)
+    return figure
