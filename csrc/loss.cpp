@@ -22,6 +22,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_fwd(
   const Tensor row_loss = at::empty({n}, loss.wide());
   if (class_chunk > 0) {
     forward_class_chunks(loss, terms, class_chunk, row_loss, rows, scope.stream);
+  } else if (can_fuse_forward(loss)) {
+    if (keep_e) e = allocate("the exponentials", {n, padded(c)}, loss.e_options());
+    fused_forward(loss, terms, e, row_loss, rows, scope.stream);
   } else {
     // As lsoftmax/portable.py's e_storage has it: rows of bfloat16 are whole 16-byte packs.
     const Panel panel = make_panel(loss, n, loss.e_is_wide() ? c : padded(c), keep_e);
@@ -47,7 +50,10 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
   const Loss loss = check_loss(input, linear_weight, target, weight, ignore_index, label_smoothing);
   const int64_t n = loss.n(), c = loss.c(), e_rows = loss.e_rows(n);
   CHECK_LIKE(grad, input, accumulate_type(input));
+  CHECK_LIKE(rows, input, accumulate_type(input));
   CHECK_SHAPE(rows, {5, n});
+  TORCH_CHECK(grad.dim() == 0 || (grad.dim() == 1 && grad.size(0) == n),
+              "grad: expected shape () or (", n, "), got ", grad.sizes());
   TORCH_CHECK(class_chunk > 0 || (e.dim() == 2 && e.size(0) == e_rows && e.size(1) >= c),
               "e: expected ", e_rows, " rows of at least ", c, ", got ", e.sizes());
   Tensor dx, dw;

@@ -75,6 +75,12 @@ void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64
                int64_t width, const Tensor& state, const Tensor& row_loss, const Tensor& rows,
                cudaStream_t stream);
 
+// make_logits and loss_rows in one kernel, where device, type and options allow and the user wants
+// it. `e` (N, padded(C)) is undefined where only the loss is wanted.
+bool can_fuse_forward(const Loss& loss);
+void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Tensor& row_loss,
+                   const Tensor& rows, cudaStream_t stream);
+
 // LossSum. `row_loss` and `out` may be undefined: the divisor alone.
 void loss_sum(const Loss& loss, bool mean, const Tensor& row_loss, const Tensor& out,
               const Tensor& divisor, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// Forward of the fused loss: one block turns one row of logits into E, the loss and three numbers.
+// Forward of the fused loss: one block turns one row of logits into E, the loss and five numbers.
 //
 // Fused, because a pass over N x C costs most of a matrix product at the sizes that matter: the
 // norms, the cosine, the bucket, psi and the log-sum-exp of a row need its logits once. A logit is
