@@ -5,6 +5,7 @@
 #   PYTHON=/path/python   instead of all that: an environment that has torch, setuptools and what
 #                         the command itself needs; used as it is, without network
 #   PYTEST_ARGS=...       more for pytest
+#   BENCH_ARGS=...        for the benchmarks; `make bench BENCH_ARGS=--help` says which there are
 # and what setup.py reads: LSOFTMAX_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, LSOFTMAX_WERROR.
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ TORCH ?= torch
 VENV ?= .venv
 PYTHON ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # nvcc on PATH may be a wrapper without a toolkit around it: prefer the usual place.
 ifeq ($(CUDA_HOME)$(CUDA_PATH),)
@@ -45,14 +47,17 @@ PYTHON_FILES := $(wildcard lsoftmax tests examples benchmarks) setup.py
 C_DIRS := csrc tests tests/emulation
 C_FILES := $(wildcard $(foreach dir,$(C_DIRS),$(dir)/*.cu $(dir)/*.cuh $(dir)/*.cpp $(dir)/*.h))
 
-.PHONY: help demo test test-install lint format gpu-check install clean FORCE
+.PHONY: help demo demo-distributed test test-install bench lint format gpu-check kernel-report install clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo          train on the handwritten digits with softmax and L-Softmax; saves a picture'
+	@echo 'make demo-distributed  the digits in two processes that share the classes, and in one'
 	@echo 'make test          all tests, then all of them again on the emulated CUDA kernels'
 	@echo 'make test-install  build and install in every supported way (minutes; network)'
-	@echo 'make gpu-check     on a machine with a GPU: kernels, tests and compute-sanitizer'
+	@echo 'make bench         the layer beside everything else; BENCH_ARGS="--quick" in two minutes'
+	@echo 'make gpu-check     on a machine with a GPU: kernels, tests, benchmark, compute-sanitizer'
+	@echo 'make kernel-report compile every kernel for every device; registers, shared memory, spills'
 	@echo 'make lint          ruff, clang-format and mypy, checking only'
 	@echo 'make format        ruff and clang-format, rewriting'
 	@echo 'make install       what all of these begin with'
@@ -104,6 +109,9 @@ install: $(STATE)/package
 demo: $(STATE)/package
 	$(PY) examples/digits.py
 
+demo-distributed: $(STATE)/package
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/distributed.py
+
 # `python -m` puts the working directory first on sys.path. In the root that would make ./lsoftmax,
 # which holds no kernels, hide the installed package: so tests run from tests/.
 test: $(STATE)/package
@@ -113,25 +121,54 @@ test: $(STATE)/package
 test-install: $(STATE)/package
 	cd tests && $(PY) -m pytest -m install test_install.py $(PYTEST_ARGS)
 
-gpu-check: $(STATE)/package
-	@mkdir -p build
-	@$(GPU_CHECK) 2>&1 | tee build/gpu-check.log
+# What the benchmarks compare with; on a machine with a GPU more of it.
+PEERS := $(if $(shell command -v nvidia-smi),bench-gpu,bench)
 
-# All steps run, whatever the first ones find: time on a GPU is scarce. Without torch's caching of
-# memory, memcheck sees where each tensor ends.
+$(STATE)/bench: $(STATE)/package
+	$(if $(PYTHON),,$(PIP) install 'lsoftmax[$(PEERS)]')
+	@touch $@
+
+bench: $(STATE)/bench
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+# Time on a GPU is scarce: all steps run, whatever the first ones find, each has a limit in seconds,
+# and the last ones end nine minutes after make began. All that is to be kept lies in one folder.
+GPU_CHECKED := build/gpu-check
+DEADLINE := $(shell expr $$(date +%s) + 535)
+
+gpu-check: $(STATE)/bench
+	@mkdir -p $(GPU_CHECKED)
+	@$(GPU_CHECK) 2>&1 | tee $(GPU_CHECKED)/log.txt
+
+# Without torch's caching of memory, memcheck sees where each tensor ends. initcheck looks at our
+# kernels alone: libraries read what they never wrote, and throw it away.
 SANITIZER := $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer) compute-sanitizer)
+SANITIZER_initcheck := --kernel-name kernel_substring=lsoftmax
 define GPU_CHECK
-{ cd tests; failed=; \
-  step() { echo; echo "== $$*"; "$$@" || failed="$$failed\n  $$*"; }; \
-  step nvidia-smi; \
-  step $(PY) -m lsoftmax; \
-  step $(PY) -m pytest --backend cuda $(PYTEST_ARGS); \
-  for tool in memcheck racecheck; do \
-    step env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
-      $(PY) -m pytest --backend cuda -k sanitizer_smoke; \
-  done; \
+{ failed=; \
+  step() { \
+    limit=$$1; shift; left=$$(( $(DEADLINE) - $$(date +%s) )); \
+    if [ $$left -lt $$limit ]; then limit=$$(( left > 1 ? left : 1 )); fi; \
+    echo; echo "== $$* (at most $$limit s)"; \
+    timeout $$limit "$$@" || failed="$$failed\n  $$*"; \
+  }; \
+  step 20 nvidia-smi; \
+  cd tests; \
+  step 60 $(PY) -m lsoftmax; \
+  step 240 $(PY) -m pytest --backend cuda $(PYTEST_ARGS); \
+  cd ..; \
+  step 150 $(PY) -m benchmarks --quick --output $(GPU_CHECKED)/benchmark.json; \
+  cd tests; \
+  $(foreach tool,memcheck racecheck synccheck initcheck, \
+    step 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      $(SANITIZER) --tool $(tool) $(SANITIZER_$(tool)) --error-exitcode 1 \
+      $(PY) -m pytest --backend cuda -k sanitizer_smoke;) \
   echo; if [ -n "$$failed" ]; then printf "FAILED:$$failed\n"; exit 1; fi; echo "All passed."; }
 endef
+
+# Needs nvcc, no GPU.
+kernel-report: $(STATE)/package
+	$(PY) -m benchmarks.kernels
 
 # ---- looks --------------------------------------------------------------------------------------
 

@@ -193,7 +193,7 @@ def test_the_engine_checks_for_itself(device: str, backend: str) -> None:
     y, lam = torch.zeros(N).long().to(device), torch.tensor(0.0, device=device)
 
     def run(x=x, w=w, y=y, margin=4, lam=lam, weight=None):
-        return torch.ops.lsoftmax.loss_fwd(x, w, y, margin, lam, weight, 1, -100, 0.0, True)
+        return torch.ops.lsoftmax.loss_fwd(x, w, y, margin, lam, weight, 1, -100, 0.0, True, 0)
 
     run()
     wrong = [
@@ -206,9 +206,9 @@ def test_the_engine_checks_for_itself(device: str, backend: str) -> None:
             run(**case)
     _, e, rows, divisor = run()
     grad = torch.tensor(1.0, device=device)
-    for changed in ({"e": e[:2]}, {"rows": rows[:3]}, {"grad": grad.double()}):
+    wrong = [{"e": e[:2]}, {"rows": rows[:3]}, {"grad": grad.double()}, {"grad": grad.expand(2)}]
+    for changed in wrong:
         parts = {"grad": grad, "e": e, "rows": rows, **changed}
+        saved = (x, w, y, None, parts["e"], parts["rows"], divisor)
         with pytest.raises(RuntimeError, match="expected"):
-            torch.ops.lsoftmax.loss_bwd(
-                parts["grad"], x, w, y, parts["e"], parts["rows"], divisor, -100, 0.0, True, True
-            )
+            torch.ops.lsoftmax.loss_bwd(parts["grad"], *saved, -100, 0.0, 0, True, True)
