@@ -2,7 +2,9 @@
 
 from . import _extension, functional, reference
 from . import ops as ops
+from . import ops_shard as ops_shard
 from ._extension import cuda_available
+from .diagnostics import MarginStats, collapse_warning, margin_stats
 from .modules import LSoftmaxLinear, LSoftmaxLoss
 from .schedule import LambdaSchedule
 
@@ -11,8 +13,11 @@ __all__ = [
     "LSoftmaxLinear",
     "LSoftmaxLoss",
     "LambdaSchedule",
+    "MarginStats",
+    "collapse_warning",
     "cuda_available",
     "functional",
+    "margin_stats",
     "reference",
 ]
 

@@ -1,12 +1,17 @@
-"""`python -m lsoftmax`: what is installed, built and visible, and what to do about each fault."""
+"""`python -m lsoftmax`: what is installed, built and visible, and what to do about each fault.
+
+`python -m lsoftmax plot` draws what the loss does.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -92,8 +97,8 @@ def advice(status: _extension.Status, driver: str, nvcc: str) -> list[str]:
     return todo
 
 
-def main() -> None:
-    """Prints the report."""
+def report() -> None:
+    """Prints what is installed, built and visible, and what to do."""
     status = _extension.status()
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     nvcc_path, nvcc = find_nvcc()
@@ -124,6 +129,55 @@ def main() -> None:
     print("\nTo do:" if todo else "\nNothing to do.")
     for item in todo:
         print(f"  - {item}")
+
+
+def plot(picture: str, output: Path) -> None:
+    """Draws a picture; a library that is not there ends the program with what to do."""
+    try:
+        from . import plots
+
+        if picture == "features":
+            from . import digits
+
+            torch.set_num_threads(1)  # so small a network gains nothing from two
+            panels, labels = digits.learn_all()
+            figure = plots.draw_features(panels, labels)
+        else:
+            draw = {"psi": plots.draw_psi, "loss": plots.draw_loss, "boundary": plots.draw_boundary}
+            figure = draw[picture]()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise SystemExit(
+            f"Pictures need {package}, which is not installed: pip install 'lsoftmax[plot]'"
+        ) from None
+    plots.save(figure, output)
+    print(output.resolve())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lsoftmax", description="Reports what is installed, built and visible."
+    )
+    commands = parser.add_subparsers(dest="command")
+    pictures = commands.add_parser(
+        "plot", help="draw what the loss does", description="Draws what the loss does."
+    )
+    pictures.add_argument(
+        "picture",
+        choices=("psi", "loss", "boundary", "features"),
+        help="psi and its slope; the loss as a feature turns; decision regions of two classes; "
+        "features of handwritten digits, learned on the spot",
+    )
+    pictures.add_argument("-o", "--output", type=Path, help="the PNG (default: PICTURE.png)")
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        report()
+        return
+    output = args.output or Path(f"{args.picture}.png")
+    if output.is_dir() or not output.resolve().parent.is_dir():
+        parser.error(f"{output}: expected a file to write, in a directory that is there")
+    plot(args.picture, output)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def shard_fwd(
 
     Returns:
         E (N, >= C_s) = exp(z - r), 0 in the target's column, or an empty tensor; and (7, N)
-        float64: r, sum of exp(z_j - r), sum of smoothing_j z_j (both over j != y); and f, alpha,
-        beta, gamma where the target is here, else 0.
+        float64: r, about the largest z_j (minus the largest number of the logits' type where there
+        is none), sum of exp(z_j - r), sum of smoothing_j z_j, all over j != y; and f, alpha, beta,
+        gamma where the target is here, else 0.
     """
     num_classes = linear_weight.shape[0]
     shape, dtype = e_storage(input, num_classes, 0.0)
@@ -59,7 +60,6 @@ def shard_fwd(
     xp = namespace(input)
     here = xp.asarray(target) >= 0
     margins = margin_terms(input, linear_weight, target.clamp(min=0), margin, lam, sums.plain)
-    sums.raise_reference(xp.where(here, margins[0], -math.inf), columns)
     own = (xp.where(here, value, 0.0) for value in margins)
     weighted = 0.0 * sums.others if sums.weighted is None else sums.weighted
     return e, stacked((sums.reference, sums.others, weighted, *own), torch.float64)

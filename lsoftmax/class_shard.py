@@ -1,0 +1,125 @@
+"""W over the processes: each holds some of its rows, and the checkpoint holds one W."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+# Classes drawn at a time where the initial weights are.
+_BLOCK = 1 << 14
+
+
+def mesh_of(
+    process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device
+) -> DeviceMesh:
+    """The 1-D mesh of the processes that share the classes; None: of all.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialised.
+        ValueError: a mesh of several dimensions.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group() "
+            "first, or use lsoftmax.LSoftmaxLoss in a program of one process"
+        )
+    if not isinstance(process_group, DeviceMesh):
+        group = dist.group.WORLD if process_group is None else process_group
+        return DeviceMesh.from_group(cast(dist.ProcessGroup, group), device.type)
+    if process_group.ndim != 1:
+        raise ValueError(
+            f"process_group: expected a DeviceMesh of 1 dimension (mesh[name]), got one of "
+            f"{process_group.ndim}: {process_group}"
+        )
+    return process_group
+
+
+class ClassShard(nn.Module):
+    """Rows of W (C, D): what ``nn.Linear(bias=False)`` is to the layer of one process.
+
+    ``weight`` is a ``DTensor`` in ``Shard(0)``: of shape (C, D), with this process's rows in its
+    memory. Optimizers keep their state alike, and ``torch.distributed.checkpoint`` saves and loads
+    both on any number of processes. The rows are dealt out as ``torch.chunk`` does.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        mesh: 1-D.
+        device, dtype: of the weight.
+
+    Attributes:
+        classes: the classes whose rows are here.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        mesh: DeviceMesh,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.num_classes, self.mesh = in_features, num_classes, mesh
+        size = -(-num_classes // mesh.size())
+        start = min(mesh.get_local_rank() * size, num_classes)
+        self.classes = range(start, min(start + size, num_classes))
+        local = torch.empty(len(self.classes), in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(self._whole(local))
+        self.reset_parameters()
+
+    def _whole(self, local: Tensor) -> DTensor:
+        return DTensor.from_local(
+            local,
+            self.mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size((self.num_classes, self.in_features)),
+            stride=(self.in_features, 1),
+        )
+
+    def local(self) -> Tensor:
+        """The rows that are here, a plain tensor; differentiable."""
+        return cast(DTensor, self.weight).to_local()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """``nn.Linear``'s initial weights. Each process draws all of W and keeps its rows, so that
+        with one seed everywhere no two shards are alike, and on a CPU W is that of one process.
+        """
+        local = self.local()
+        mine = self.classes
+        for start in range(0, self.num_classes, _BLOCK):
+            stop = min(start + _BLOCK, self.num_classes)
+            block = local.new_empty(stop - start, self.in_features)
+            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+            first, last = max(start, mine.start), min(stop, mine.stop)
+            if first < last:
+                local[first - mine.start : last - mine.start] = block[first - start : last - start]
+
+    def extra_repr(self) -> str:
+        """What ``print(layer)`` shows."""
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, "
+            f"classes={self.classes.start}..{self.classes.stop}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accepts the whole W, a tensor, from the checkpoint of a layer of one process."""
+        key = prefix + "weight"
+        whole: Any = state_dict.get(key)
+        is_plain = isinstance(whole, Tensor) and not isinstance(whole, DTensor)
+        if is_plain and whole.shape == self.weight.shape:
+            mine = whole[self.classes.start : self.classes.stop]
+            state_dict[key] = self._whole(mine.to(self.local()))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

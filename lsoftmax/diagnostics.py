@@ -1,0 +1,188 @@
+"""What the margin does to a batch: angles, buckets, norms, and words where training collapses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .margin import accumulate_type
+from .panels import TargetColumn, panels
+from .reference import psi
+
+__all__ = ["MarginStats", "collapse_warning", "margin_stats"]
+
+# A class vector shorter than this share of the mean has been lost: its logits say nothing.
+_LOST = 0.01
+# Where no logit can exceed this, every class is as likely as the next.
+_FLAT = 0.1
+# Logits that are in memory at a time while the largest of each row is looked for.
+_PANEL = 1 << 22
+
+
+class MarginStats(NamedTuple):
+    """What :func:`margin_stats` returns: tensors on the device, 0-dim but for ``buckets``.
+
+    Rows without an angle (a zero feature, a zero class vector) count in the norms and in
+    ``satisfied`` only.
+
+    Attributes:
+        angle: mean angle theta between a feature and the vector of its class, degrees.
+        angle_10, angle_50, angle_90: quantiles of theta, degrees.
+        buckets: (m,) share of the rows with theta in [k pi / m, (k + 1) pi / m], k = 0 .. m - 1.
+        satisfied: share of the rows whose own margin logit is larger than every other logit.
+        input_norm_min, input_norm, input_norm_max: |x|: smallest, mean, largest.
+        weight_norm_min, weight_norm, weight_norm_max: |w| of all classes.
+        zero_inputs: share of the rows that are exactly zero.
+        lost_classes: number of classes whose vector is shorter than 1% of the mean, or zero.
+        lam: the annealing weight.
+    """
+
+    angle: Tensor
+    angle_10: Tensor
+    angle_50: Tensor
+    angle_90: Tensor
+    buckets: Tensor
+    satisfied: Tensor
+    input_norm_min: Tensor
+    input_norm: Tensor
+    input_norm_max: Tensor
+    weight_norm_min: Tensor
+    weight_norm: Tensor
+    weight_norm_max: Tensor
+    zero_inputs: Tensor
+    lost_classes: Tensor
+    lam: Tensor
+
+    def floats(self) -> dict[str, Any]:
+        """Python numbers by name (``buckets``: a list), for a log: waits for the device, once."""
+        numbers = torch.cat([value.double().reshape(-1) for value in self]).tolist()
+        result: dict[str, Any] = {}
+        for name, value in zip(self._fields, self, strict=True):
+            taken = [numbers.pop(0) for _ in range(value.numel())]
+            result[name] = taken[0] if value.dim() == 0 else taken
+        return result
+
+
+@torch.no_grad()
+def margin_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    margin: int = 4,
+    lam: float | Tensor = 0.0,
+) -> MarginStats:
+    """How far a batch is from what the margin asks, for a log: one forward product, no gradient.
+
+    Nothing waits for the device until the numbers are read. No more than a panel of the N x C
+    logits is in memory at a time.
+
+    Args:
+        input: (N, D) or (D,): features, N >= 1; 16-bit ones, as autocast makes them, will do.
+        linear_weight: (C, D).
+        target: (N,) or (), int64 in [0, C): drop rows of an ``ignore_index`` first.
+        margin: integer m >= 1.
+        lam: the annealing weight, a number >= 0 or a 0-dim tensor.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value.
+
+    Example:
+        >>> stats = margin_stats(features, head.linear.weight, labels, head.margin, head.lam)
+        >>> log(stats.floats(), collapse_warning(stats))
+    """
+    margin = functional.check_margin(margin)
+    x, w = _wide(input), _wide(linear_weight)
+    functional._check_matrices(x, w, target)
+    x, y = functional._as_batch(x, target)
+    if y.shape[0] == 0:
+        raise ValueError("input: expected at least one row, got none")
+    lam = functional._lam_tensor(lam, x)
+    x_norms, w_norms = (torch.linalg.vector_norm(rows, dim=1) for rows in (x, w))
+    a, b = x_norms, w_norms.index_select(0, y)
+    theta = _angles(x, w.index_select(0, y), a, b)
+    has_angle = theta.isfinite()
+
+    edges = torch.arange(1, margin, device=x.device, dtype=x.dtype) * (math.pi / margin)
+    bucket = (theta.unsqueeze(1) > edges).sum(1)
+    counts = (bucket.unsqueeze(1) == torch.arange(margin, device=x.device)) & has_angle.unsqueeze(1)
+    cosine = theta.cos()
+    own = a * b * (psi(cosine, margin) + lam * cosine) / (1 + lam)
+    own = torch.where(has_angle, own, 0.0)  # the plain logit of a row without an angle
+
+    degrees = torch.rad2deg(theta)
+    quantiles = torch.nanquantile(degrees, degrees.new_tensor([0.1, 0.5, 0.9]))
+    return MarginStats(
+        angle=degrees.nanmean(),
+        angle_10=quantiles[0],
+        angle_50=quantiles[1],
+        angle_90=quantiles[2],
+        buckets=counts.sum(0) / has_angle.sum(),
+        satisfied=(own > _largest_other(x, w, y)).double().mean(),
+        input_norm_min=x_norms.min(),
+        input_norm=x_norms.mean(),
+        input_norm_max=x_norms.max(),
+        weight_norm_min=w_norms.min(),
+        weight_norm=w_norms.mean(),
+        weight_norm_max=w_norms.max(),
+        zero_inputs=(x_norms == 0).double().mean(),
+        lost_classes=(w_norms <= _LOST * w_norms.mean()).sum(),
+        lam=lam,
+    )
+
+
+def collapse_warning(stats: MarginStats) -> str | None:
+    """Words where training is collapsing, and what to do; None where all is well.
+
+    With the margin at full strength too early the cheapest way to a smaller loss is to shrink
+    features or class vectors, to zero in the end: a class is lost, or all of them. Reads numbers
+    off the device.
+    """
+    s = stats.floats()
+    if not all(math.isfinite(s[name]) for name in ("input_norm", "weight_norm")):
+        fault = "features or class vectors are not finite"
+    elif s["zero_inputs"] > 0.1:
+        fault = f"{s['zero_inputs']:.0%} of the features are exactly zero"
+    elif s["lost_classes"] > 0:
+        fault = f"{s['lost_classes']:.0f} class vector(s) have shrunk to nothing"
+    elif s["input_norm_max"] * s["weight_norm_max"] < _FLAT:
+        fault = (
+            f"no logit exceeds {s['input_norm_max'] * s['weight_norm_max']:.1g}: features or class "
+            "vectors have shrunk, and every class is as likely as the next"
+        )
+    else:
+        return None
+    return (
+        f"Training is collapsing: {fault}. Let the margin set in later or less "
+        "(LambdaSchedule.for_steps, a larger minimum), or lower the learning rate."
+    )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In the type of the logits, where it has one: what is no such tensor is found out later."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        return tensor.to(accumulate_type(tensor.dtype))
+    return tensor
+
+
+def _angles(x: Tensor, w: Tensor, x_norms: Tensor, w_norms: Tensor) -> Tensor:
+    """Angle (N,) in radians between rows; NaN where one is zero.
+
+    From the two diagonals of the rhombus of the unit vectors: exact near 0 and pi, where arccos
+    has lost half of the digits.
+    """
+    x, w = x / x_norms.unsqueeze(1), w / w_norms.unsqueeze(1)
+    across, along = (torch.linalg.vector_norm(rows, dim=1) for rows in (x - w, x + w))
+    return 2 * torch.atan2(across, along)
+
+
+def _largest_other(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """The largest logit (N,) of a row but for its target's; -inf where there is no other class."""
+    largest = x.new_full(y.shape, -math.inf)
+    for classes, _, z in panels(x, w, max(1, _PANEL // y.shape[0])):
+        TargetColumn(z, classes, y, w.shape[0]).fill(-math.inf)
+        largest = torch.maximum(largest, z.amax(1))
+    return largest

@@ -1,0 +1,283 @@
+"""L-Softmax over many processes: the classes spread, each process with a batch of its own.
+
+``docs/distributed.md`` has memory and communication per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from . import class_parallel, functional
+from .class_parallel import Options, Targets, gather_targets
+from .class_shard import ClassShard, mesh_of
+from .margin import accumulate_type
+from .modules import _Annealed
+from .plan import choose
+from .sampling import ClassSampling
+from .schedule import LambdaSchedule
+
+__all__ = ["ClassParallelLSoftmaxLoss", "clip_grad_norm_"]
+
+
+class ClassParallelLSoftmaxLoss(_Annealed):
+    r"""``LSoftmaxLoss`` with the classes spread over the processes of a group.
+
+    Each process holds about C / R rows of W, their gradient and their optimizer state, and calls
+    the layer with the features and targets of its own batch, as a data-parallel backbone makes
+    them. Every process returns the loss of all batches together; the mean is over all rows. (With
+    ``reduction="none"``: the losses of its own rows; the objective is then what all processes make
+    of theirs, added up.)
+
+    Gradients are those of one process with all the rows, *once the backbone's have been averaged
+    over the processes*, as ``DistributedDataParallel`` and ``fully_shard`` do: the gradient of
+    ``input`` is multiplied by R to that end. Pass ``averaged=False`` where they are added up
+    instead. The gradient of W is complete as it is: keep the layer out of
+    ``DistributedDataParallel``. All processes must call forward and backward the same number of
+    times, with the same options, and scale the loss alike.
+
+    ``linear.weight`` is a ``DTensor`` of shape (C, D) in ``Shard(0)``. ``state_dict()`` has the
+    keys of :class:`lsoftmax.LSoftmaxLoss`: with ``torch.distributed.checkpoint`` it is saved and
+    loaded on any number of processes and by either class. ``load_state_dict`` takes the whole W of
+    one process as well.
+
+    With ``sample_rate`` < 1 each training step uses only the classes that are targets of the batch
+    and a random share of the others (An et al., ICCVW 2021): the other logits are missing from the
+    loss, which makes loss and gradients too small (docs/distributed.md). Rows of W outside the
+    sample have the gradient 0. In evaluation mode, or without gradients, all classes count.
+
+    Args:
+        in_features: D, the size of a feature.
+        num_classes: C.
+        margin: integer m >= 1; 1 is plain softmax.
+        process_group: a ``ProcessGroup``, a 1-D ``DeviceMesh`` (``mesh["name"]`` of a larger one),
+            or None for all processes.
+        sample_rate: share of each process's classes in a training step, in (0, 1]. A sample has
+            at least min(N, 4096) classes, if there are so many; targets beyond what it holds make
+            the loss NaN.
+        seed: of the samples, alike on all processes. What was drawn is counted in ``state_dict()``.
+        max_local_batch: the largest batch of any process, where it is known: the processes then
+            need not tell each other theirs, every step, before anything else can begin. (They do
+            so on the host where the group has a CPU backend, as the default group has; a group
+            with nothing but NCCL waits for the device.) Every batch is padded to it.
+        averaged: see above.
+        device: of the module; the group must have a backend for it.
+        lam, dtype, reduction, weight, ignore_index, label_smoothing, memory_budget: as for
+            :class:`lsoftmax.LSoftmaxLoss`; ``memory_budget`` is for N x C / R, and where it is not
+            enough the loss is computed in chunks of classes. ``weight`` is whole on every process.
+
+    Shape:
+        - input: (n, D), n >= 0 and different on every process where need be
+        - target: (n,), int64 in [0, C) or ``ignore_index``
+        - output: scalar, or (n,) for ``reduction="none"``
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
+        RuntimeError: ``torch.distributed`` is not initialised, or another process has failed.
+        IndexError: a target outside [0, C), on a CPU, on every process; on CUDA the loss is NaN.
+
+    Example:
+        >>> head = ClassParallelLSoftmaxLoss(512, 10_000_000, margin=4)  # doctest: +SKIP
+        >>> head(backbone(images), labels).backward()  # doctest: +SKIP
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        margin: int = 4,
+        *,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        sample_rate: float = 1.0,
+        seed: int = 0,
+        max_local_batch: int | None = None,
+        averaged: bool = True,
+        lam: LambdaSchedule | float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        functional.check_loss_options(reduction, ignore_index, label_smoothing)
+        functional.check_memory_budget(memory_budget)
+        if weight is not None:
+            functional.check_class_weight(weight, num_classes)
+        _check_sizes(in_features, num_classes, max_local_batch)
+        _check_sampling(sample_rate, label_smoothing)
+        where = torch.empty(0, device=device).device
+        mesh = mesh_of(process_group, where)
+        self.in_features, self.num_classes = in_features, num_classes
+        self.linear = ClassShard(in_features, num_classes, mesh, where, dtype)
+        self._init_margin(margin, lam, where)
+        self.register_buffer("weight", None if weight is None else weight.to(where))
+        self.sampling = ClassSampling(sample_rate, seed, where) if sample_rate < 1 else None
+        self.process_group = mesh.get_group()
+        on_host = "cpu" in dist.get_backend_config(self.process_group)
+        self._sizes_device = torch.device("cpu") if on_host else where
+        self.max_local_batch = max_local_batch
+        self.averaged = averaged
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.memory_budget = memory_budget
+
+    @torch.compiler.disable
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss; a training forward with gradients enabled advances the schedule by one step."""
+        x, w = functional._autocast(input, self.linear.local())
+        self._check(x, w, target)
+        size, needs_grad = self._agree(x)
+        group, classes = self.process_group, self.linear.classes
+        targets = gather_targets(target, size, classes, self.num_classes, self.ignore_index, group)
+        if self.sampling is not None and self._is_training():
+            w, targets = self._sample(self.sampling, w, targets)
+
+        dtype = accumulate_type(x.dtype)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        smoothing = None
+        if self.label_smoothing > 0:
+            ones = x.new_ones(len(classes), dtype=dtype)
+            smoothing = ones if weight is None else weight[classes.start : classes.stop]
+        n = size * group.size()
+        save = torch.is_grad_enabled() and (needs_grad or w.requires_grad)
+        chosen = choose(
+            *(n, self.in_features, max(1, w.shape[0]), x.dtype, x.device),
+            scalar=False,
+            needs_grad=save,
+            memory_budget=self.memory_budget,
+        )
+        lam = self._upcoming_lam()
+        options = Options(
+            group=group,
+            size=size,
+            num_classes=self.num_classes,
+            margin=self.margin,
+            reduction=functional._REDUCTIONS[self.reduction],
+            ignore_index=self.ignore_index,
+            label_smoothing=float(self.label_smoothing),
+            class_chunk=chosen.class_chunk,
+            save=save,
+            need_input=needs_grad,
+            input_factor=float(group.size()) if self.averaged else 1.0,
+            measure=self.schedule.keep is not None and self._is_training(),
+        )
+        loss, cosine = class_parallel.loss(x, w, targets, lam, weight, smoothing, options)
+        self._end_step(lam, cosine)
+        if self.reduction == "none":
+            start = group.rank() * size
+            return loss[start : start + target.shape[0]]
+        return loss
+
+    def _check(self, x: Tensor, w: Tensor, target: Tensor) -> None:
+        whole = w.new_empty(()).expand(self.num_classes, self.in_features)
+        functional._check_matrices(x, whole, target)
+        if x.dim() != 2:
+            raise ValueError(f"input: expected shape (n, D), got {tuple(x.shape)}")
+        if self.max_local_batch is not None and x.shape[0] > self.max_local_batch:
+            raise ValueError(
+                f"input: expected at most max_local_batch={self.max_local_batch} rows, "
+                f"got {x.shape[0]}"
+            )
+
+    def _agree(self, x: Tensor) -> tuple[int, bool]:
+        """The largest batch, and whether any needs a gradient (one without rows may not say so)."""
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        if self.max_local_batch is not None:
+            return self.max_local_batch, needs_grad
+        largest = torch.tensor([x.shape[0], needs_grad], device=self._sizes_device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.process_group)
+        size, any_needs_grad = largest.tolist()
+        return size, bool(any_needs_grad)
+
+    def _sample(
+        self, sampling: ClassSampling, w: Tensor, targets: Targets
+    ) -> tuple[Tensor, Targets]:
+        """The sampled rows of W, and the targets as rows of these."""
+        chosen = sampling(targets.here, w.shape[0], self.process_group.rank())
+        place = chosen.new_full((w.shape[0] + 1,), -1)  # the last: of what is not here, -1
+        place[chosen] = torch.arange(chosen.shape[0], device=chosen.device)
+        return w.index_select(0, chosen), targets._replace(here=place[targets.here])
+
+    def _end_step(self, lam: Tensor, cosine: Tensor) -> None:
+        """Only after the loss was computed: a forward that raised is no training step."""
+        if self._advances():
+            self.schedule.commit(lam)
+        if self._is_training():
+            self.schedule.observe(cosine, self.margin)
+            if self.sampling is not None:
+                self.sampling.advance()
+
+    def extra_repr(self) -> str:
+        """What ``print(layer)`` shows."""
+        return (
+            f"margin={self.margin}, reduction={self.reduction}, "
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
+            f"processes={self.process_group.size()}"
+        )
+
+
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0
+) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` for a model whose parameters are partly sharded.
+
+    The norm is that of all gradients, shards on other processes included; plain parameters count
+    once, for data-parallel processes have the same gradients. Every process must call it.
+
+    Args:
+        parameters: plain ones, and ``DTensor`` ones of any device mesh (a
+            ``ClassParallelLSoftmaxLoss``, a backbone under ``fully_shard``). Those without a
+            gradient are passed over.
+        max_norm: gradients are scaled to a norm no larger than this.
+        norm_type: of the p-norm; inf is the maximum.
+
+    Returns:
+        The norm before clipping, 0-dim, the same on every process.
+    """
+    of_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            of_mesh.setdefault(mesh, []).append(parameter)
+    norms = []
+    for alike in of_mesh.values():
+        norm = get_total_norm([p.grad for p in alike if p.grad is not None], norm_type)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = get_total_norm(norms, norm_type)
+    for alike in of_mesh.values():  # plain ones and DTensors do not mix in one operation
+        clip_grads_with_norm_(alike, max_norm, total)
+    return total
+
+
+def _check_sizes(in_features: int, num_classes: int, max_local_batch: int | None) -> None:
+    sizes = {"in_features": in_features, "num_classes": num_classes}
+    if max_local_batch is not None:
+        sizes["max_local_batch"] = max_local_batch
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an integer >= 1, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {size}")
+
+
+def _check_sampling(sample_rate: float, label_smoothing: float) -> None:
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
+        raise TypeError(
+            f"sample_rate: expected a number in (0, 1], got {type(sample_rate).__name__}"
+        )
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate}")
+    if sample_rate < 1 and label_smoothing > 0:
+        raise ValueError("label_smoothing: expected 0 with sample_rate < 1: it needs all logits")

@@ -1,0 +1,116 @@
+"""The class-parallel layer: everything that several processes check together, by world."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import distributed_training_checks as training
+from distributed_run import assert_close, launch
+
+EVERYWHERE = (
+    "distributed_checks:initial_weights",
+    "distributed_checks:options_of_the_loss",
+    "distributed_checks:chunks",
+    "distributed_checks:ignored_rows",
+    "distributed_checks:logits_far_apart",
+    "distributed_checks:targets_of_one_shard",
+)
+CHECKS = {
+    1: ("distributed_checks:arguments", *EVERYWHERE),
+    2: (
+        *EVERYWHERE,
+        "distributed_training_checks:data_parallel",
+        "distributed_training_checks:fully_sharded",
+        "distributed_training_checks:compiled_under_autocast",
+        "distributed_training_checks:resumed",
+        "distributed_checks:volume",
+        "distributed_checks:no_rows",
+        "distributed_checks:twice",
+    ),
+    3: (
+        *EVERYWHERE,
+        "distributed_training_checks:data_parallel",
+        "distributed_training_checks:sampled",
+        "distributed_training_checks:whole_state_dicts",
+        "distributed_checks:frozen_backbone",
+        "distributed_checks:target_outside",
+    ),
+    4: (*EVERYWHERE, "distributed_checks:volume", "distributed_checks:mesh_dimension"),
+    8: (*EVERYWHERE, "distributed_checks:volume", "distributed_checks:float32_and_bfloat16"),
+}
+
+
+class Worlds:
+    """Each world is run when its first check is asked for."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.results: dict[int, list[dict[str, str]]] = {}
+
+    def assert_passed(self, size: int, check: str) -> None:
+        if size not in self.results:
+            self.results[size] = launch(size, CHECKS[size], self.folder, self.seed)
+        found = [result.get(check, "not reached") for result in self.results[size]]
+        # The process that failed first tells more than those that lost it.
+        failed = [text for text in found if text != "passed" and "Connection closed" not in text]
+        if set(found) != {"passed"}:
+            pytest.fail("\n".join(failed or found), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Worlds:
+    return Worlds(tmp_path_factory.mktemp("worlds"), request.config.getoption("--seed"))
+
+
+@pytest.mark.parametrize(
+    ("size", "check"), [(size, check) for size, checks in CHECKS.items() for check in checks]
+)
+def test_processes_together(worlds: Worlds, size: int, check: str) -> None:
+    worlds.assert_passed(size, check)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_checkpoints_go_between_worlds(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Saved by 3 processes, by 2, by one that knows of no others, by 4: each goes on from the last,
+    momentum and annealing too, as one process does that was never interrupted.
+    """
+
+    def go_on(size: int) -> None:
+        check = "distributed_training_checks:go_on"
+        results = launch(size, [check], tmp_path, request.config.getoption("--seed"))
+        assert results == [{check: "passed"}] * size
+
+    go_on(3)
+    go_on(2)
+    head, optimizer = training.training_of(9, plain=True)
+    training.load(head, optimizer, tmp_path / "checkpoint-1")
+    training.step(head, optimizer, *training.fixed_batch())
+    state = training.state_of(head, optimizer)
+    dcp.save(state, checkpoint_id=tmp_path / "checkpoint-2")
+    go_on(4)
+    training.load(head, optimizer, tmp_path / "checkpoint-3")
+
+    truth, optimizer = training.training_of(1, plain=True)
+    for _ in range(4):
+        training.step(truth, optimizer, *training.fixed_batch())
+    assert_close(head.linear.weight, truth.linear.weight, "weight")
+    assert head.schedule.steps == 4
+    assert torch.equal(head.lam, truth.lam)
+
+
+@pytest.mark.parametrize("failure", ["dies", "hangs"])
+def test_failure_of_a_process_ends_the_others(
+    failure: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """At once where it is gone, else when the group's timeout, 4 seconds here, has passed."""
+    check = f"distributed_training_checks:{failure}"
+    seed = request.config.getoption("--seed")
+    start = time.monotonic()
+    launch(3, [check], tmp_path, seed, timeout=4)
+    assert time.monotonic() - start < 45
+    assert sorted(path.name for path in tmp_path.glob("survived-*")) == ["survived-0", "survived-1"]
