@@ -9,9 +9,6 @@ plane. For one seed, all margins share initial weights and the order of the data
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,56 +17,46 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import lsoftmax
+from classification import COLUMNS, measure
+from data import Labelled
+from experiment import device_of, name, positive, table
+from extras import needed
+from files import write_json
+from training import Recipe, Training, features_of
 
-try:
-    from matplotlib.figure import Figure
+with needed():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from tqdm import tqdm
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f'This example needs {error.name}, which is not installed: pip install "lsoftmax[examples]"'
-    ) from None
 
-CLASSES, TEST_SIZE, BATCH = 10, 500, 64
-COLOURS = [f"C{digit}" for digit in range(CLASSES)]  # matplotlib's default, tab10
+    from lsoftmax import plots
+    from lsoftmax.digits import annealing
 
-
-@dataclass(frozen=True)
-class Digits:
-    """Images (N, 1, 8, 8) float32 in [0, 1] and labels (N,) int64, for training and for testing."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+TEST_SIZE = 500
 
 
 @dataclass(frozen=True)
 class Result:
     """One trained network: its figures, and on the CPU what the picture needs of it."""
 
-    margin: int
-    seed: int
-    test_error: float  # percent
-    angle: float  # degrees, mean over the test set
-    seconds: float  # of training
+    row: dict[str, float]  # margin, seed, test_error (%), angle (degrees), seconds
     features: Tensor  # (TEST_SIZE, 2)
-    class_vectors: Tensor  # (CLASSES, 2)
+    class_vectors: Tensor  # (10, 2)
 
 
-def load_data(device: torch.device) -> Digits:
-    """The 1797 digits; the split is the same in every run, with all classes equally in both."""
+def load_data(device: torch.device) -> Labelled:
+    """The 1797 digits, float32 (N, 1, 8, 8) in [0, 1]; the split is the same in every run, with all
+    classes equally in both parts.
+    """
     digits = load_digits()
-    images = torch.from_numpy(digits.images / 16).float().unsqueeze(1).to(device)
-    labels = torch.from_numpy(digits.target).long().to(device)
+    images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
     train, test = train_test_split(
         range(len(labels)), test_size=TEST_SIZE, stratify=digits.target, random_state=0
     )
-    return Digits(images[train], labels[train], images[test], labels[test])
+    return Labelled(images[train], labels[train], images[test], labels[test], 10).to(device)
 
 
 def build_network() -> nn.Sequential:
@@ -85,148 +72,58 @@ def build_network() -> nn.Sequential:
     )
 
 
-def annealing(steps: int) -> lsoftmax.LambdaSchedule:
-    """From lam = 1000, where every margin is plain softmax, to 0.3 after 70% of the steps.
-
-    Classes must lie apart before the margin pulls them together: switched on early, it makes
-    features and class vectors shrink instead, and a class is lost. Hence a curve that falls evenly
-    (a high power), measured in the length of the training, and a floor above 0.
-    """
-    base, power, minimum = 1000.0, 4.0, 0.3
-    gamma = ((base / minimum) ** (1 / power) - 1) / (0.7 * steps)
-    return lsoftmax.LambdaSchedule(base, gamma, power, minimum)
-
-
-def train(
-    data: Digits, margin: int, seed: int, epochs: int, after_epoch: Callable[[], object]
-) -> tuple[nn.Sequential, lsoftmax.LSoftmaxLoss]:
-    """A network and its loss, whose `linear` is the classifier, after `epochs` of SGD."""
-    device, count = data.train_labels.device, len(data.train_labels)
-    steps = epochs * (count // BATCH)
-    torch.manual_seed(seed)
-    network = build_network().to(device)
-    # The one line that differs from softmax, nn.LinearCrossEntropyLoss(2, CLASSES, bias=False):
-    criterion = lsoftmax.LSoftmaxLoss(2, CLASSES, margin=margin, lam=annealing(steps)).to(device)
-
-    parameters = [*network.parameters(), *criterion.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=2e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, steps, pct_start=0.1)
-    order = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
-    for _ in range(epochs):
-        shuffled = torch.randperm(count, generator=order).to(device)
-        for batch in shuffled[: count // BATCH * BATCH].split(BATCH):
-            loss = criterion(network(data.train_images[batch]), data.train_labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        after_epoch()
-    return network.eval(), criterion.eval()
-
-
-def angles(features: Tensor, class_vectors: Tensor, labels: Tensor) -> Tensor:
-    """Angle (N,) in degrees between each feature and the vector of its own class."""
-    cosines = F.cosine_similarity(features, class_vectors[labels])
-    return torch.rad2deg(torch.acos(cosines.clamp(-1, 1)))
-
-
-@torch.no_grad()
 def run(
-    data: Digits, margin: int, seed: int, epochs: int, after_epoch: Callable[[], object]
+    data: Labelled, margin: int, seed: int, epochs: int, after_epoch: Callable[[], object]
 ) -> Result:
     """Train once, and measure on the test set: by plain logits, as a classifier is used."""
     start = time.perf_counter()
-    with torch.enable_grad():
-        network, criterion = train(data, margin, seed, epochs, after_epoch)
-    features = network(data.test_images)
-    wrong = criterion.linear(features).argmax(1) != data.test_labels
-    class_vectors = criterion.linear.weight
+    recipe = Recipe(epochs, batch=64, lr=0.05, weight_decay=2e-3)
+    schedule = annealing(recipe.steps(len(data.train_labels)))
+    torch.manual_seed(seed)
+    network = build_network()
+    # The one line that differs from softmax, nn.LinearCrossEntropyLoss(2, 10, bias=False):
+    criterion = lsoftmax.LSoftmaxLoss(2, data.classes, margin=margin, lam=schedule)
+    device = data.train_labels.device
+    training = Training(
+        network.to(device), criterion.to(device), data.train_images, data.train_labels, recipe, seed
+    )
+    training.run(lambda log: after_epoch())
+    features = features_of(network, data.test_images)
+    class_vectors = criterion.linear.weight.detach()
+    figures = measure(features, class_vectors, data.test_labels)
     return Result(
-        margin=margin,
-        seed=seed,
-        test_error=100 * wrong.float().mean().item(),  # waits for the device: time it after
-        angle=angles(features, class_vectors, data.test_labels).mean().item(),
-        seconds=time.perf_counter() - start,
+        row={
+            "margin": margin,
+            "seed": seed,
+            "test_error": figures["test_error"],
+            "angle": figures["angle"],
+            "seconds": time.perf_counter() - start,
+        },
         features=features.cpu(),
         class_vectors=class_vectors.cpu(),
     )
 
 
-def name(margin: int) -> str:
-    """What a margin is called in the table and the picture."""
-    return "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean, and where there are several values their standard deviation."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
-def table(results: Sequence[Result]) -> str:
-    """One row a margin: mean and standard deviation over the seeds, median seconds a training."""
-    lines = [f"{'loss':<18}{'test error, %':>16}{'angle, degrees':>18}{'seconds':>10}"]
-    for margin in dict.fromkeys(result.margin for result in results):
-        rows = [result for result in results if result.margin == margin]
-        error = mean_and_spread([row.test_error for row in rows])
-        angle = mean_and_spread([row.angle for row in rows])
-        seconds = statistics.median(row.seconds for row in rows)
-        lines.append(f"{name(margin):<18}{error:>16}{angle:>18}{seconds:>10.1f}")
-    return "\n".join(lines)
-
-
 def typical(results: Sequence[Result]) -> list[Result]:
     """The results of the seed whose angles are nearest to the means over all seeds."""
 
-    def distance(seed: int) -> float:
-        return sum(abs(result.angle - means[result.margin]) for result in of_seed[seed])
+    def distance(seed: float) -> float:
+        return sum(abs(r.row["angle"] - means[r.row["margin"]]) for r in of_seed[seed])
 
-    of_seed = {r.seed: [s for s in results if s.seed == r.seed] for r in results}
-    of_margin = {r.margin: [s.angle for s in results if s.margin == r.margin] for r in results}
-    means = {margin: statistics.mean(values) for margin, values in of_margin.items()}
+    rows = [result.row for result in results]
+    of_seed = {row["seed"]: [r for r in results if r.row["seed"] == row["seed"]] for row in rows}
+    means = {
+        row["margin"]: statistics.mean(r["angle"] for r in rows if r["margin"] == row["margin"])
+        for row in rows
+    }
     return of_seed[min(of_seed, key=distance)]
 
 
-def plot(results: Sequence[Result], labels: Tensor) -> bytes:
-    """A PNG with one panel a result: test features by class, class vectors as rays with digits."""
-    figure = Figure(figsize=(3.6 * len(results), 4.3), dpi=130, layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
-    colours = [COLOURS[label] for label in labels.tolist()]
-    for axes, result in zip(panels, results, strict=True):
-        radius = 1.05 * result.features.norm(dim=1).max().item()
-        for digit, (x, y) in enumerate(F.normalize(result.class_vectors).tolist()):
-            axes.plot([0, radius * x], [0, radius * y], color=COLOURS[digit], lw=1, alpha=0.6)
-            label = axes.text(1.1 * radius * x, 1.1 * radius * y, str(digit), color=COLOURS[digit])
-            label.set(ha="center", va="center", weight="bold")
-        axes.scatter(*result.features.T.tolist(), c=colours, s=7, linewidths=0, zorder=2)
-        axes.set_title(
-            f"{name(result.margin)}\n"
-            f"test error {result.test_error:.1f}%, mean angle {result.angle:.1f}°",
-            fontsize=10.5,
-        )
-        limit = 1.2 * radius  # room for the digits
-        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
-        axes.spines[:].set_color("0.8")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
-    return buffer.getvalue()
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def panel(result: Result) -> plots.Features:
+    """A result as the picture shows it."""
+    figures = f"test error {result.row['test_error']:.1f}%, mean angle {result.row['angle']:.1f}°"
+    title = f"{name(int(result.row['margin']))}\n{figures}"
+    return plots.Features(result.features, result.class_vectors, title)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -245,10 +142,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="also save the figures of every training, in this file")
     args = parser.parse_args(arguments)
     args.margins = list(dict.fromkeys(args.margins))
-    try:
-        args.device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    args.device = device_of(args.device, parser)
     for path in filter(None, (args.output, args.json)):
         if path.is_dir():
             parser.error(f"{path}: expected a file to write, this is a directory")
@@ -261,11 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     compiled = args.device.type == "cuda" and lsoftmax.cuda_available()
     print(f"Device {args.device}, L-Softmax by {'CUDA kernels' if compiled else 'plain PyTorch'}")
     torch.backends.cudnn.deterministic = True
-    torch.set_num_threads(
-        1
-    )  # so small a network gains nothing from two, and waits where one is busy
+    # So small a network gains nothing from two threads, and waits where one is busy.
+    torch.set_num_threads(1)
     data = load_data(args.device)
-    train(data, margin=1, seed=0, epochs=1, after_epoch=lambda: None)  # libraries start up, untimed
+    run(data, margin=1, seed=0, epochs=1, after_epoch=lambda: None)  # libraries start up, untimed
 
     # Seeds outermost: a machine that slows down in between slows all margins alike.
     jobs = [(margin, seed) for seed in range(args.seeds) for margin in args.margins]
@@ -275,18 +168,18 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
             bar.set_description(f"{name(margin)}, seed {seed}")
             results.append(run(data, margin, seed, args.epochs, bar.update))
 
-    print(f"\n{table(results)}\n")
+    rows = [result.row for result in results]
+    columns = {key: COLUMNS[key] for key in ("test_error", "angle")}
+    print(f"\n{table(rows, {**columns, 'seconds': 'seconds a training'})}\n")
     print("Angle: between the feature of a test digit and the vector of its class.", end=" ")
     print(f"Mean ± standard deviation, seeds: {args.seeds}." if args.seeds > 1 else "One seed.")
     shown = typical(results)
-    write(args.output, plot(shown, data.test_labels.cpu()))
-    print(
-        f"Picture of the features (seed {shown[0].seed}, the most typical): {args.output.resolve()}"
-    )
+    figure = plots.draw_features([panel(r) for r in shown], data.test_labels.tolist())
+    plots.save(figure, args.output)
+    seed = shown[0].row["seed"]
+    print(f"Picture of the features (seed {seed}, the most typical): {args.output.resolve()}")
     if args.json:
-        figures = ("margin", "seed", "test_error", "angle", "seconds")
-        rows = [{key: getattr(result, key) for key in figures} for result in results]
-        write(args.json, json.dumps(rows, indent=1).encode())
+        write_json(args.json, rows)
         print(f"Figures: {args.json.resolve()}")
     return results
 

@@ -1,0 +1,260 @@
+"""What all experiments share: the command line, the runs in their order, results that are resumed.
+
+A run is one training: a margin, a seed, and for LFW a fold. Its row is added to results.json when
+it ends, and until then its checkpoint lies beside. So the same command again goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lsoftmax
+from extras import needed
+from files import write_json
+from training import Augment, Log, Recipe, Training
+
+with needed():
+    from tqdm import tqdm
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train, what --recipe names: all but the data, the margin and the seed."""
+
+    recipe: Recipe
+    network: Callable[..., nn.Module]  # from the training images and the number of features
+    features: int  # D
+    schedule: Callable[[int], lsoftmax.LambdaSchedule]  # from the number of training steps
+
+
+def authors(gamma: float, power: float) -> Callable[[int], lsoftmax.LambdaSchedule]:
+    """The authors' annealing, which counts steps, however many there will be."""
+    return lambda steps: lsoftmax.LambdaSchedule(1000.0, gamma, power, 0.0)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def device_of(text: str, parser: argparse.ArgumentParser) -> torch.device:
+    """The device of this name, or the parser's error."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {text}: {str(error).splitlines()[0]}")
+
+
+def arguments_of(name: str, description: str, settings: Iterable[str]) -> argparse.ArgumentParser:
+    """The arguments that all experiments have."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog="A run that was interrupted goes on with the same command."
+    )
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--data", type=Path, default=Path("data"), help="folder of the data (%(default)s)")
+    add("--recipe", choices=list(settings), default="default", help="how to train (%(default)s)")
+    add("--margins", type=positive, nargs="+", default=[1, 2, 3, 4], help="1 is softmax (1 2 3 4)")
+    add("--seeds", type=positive, default=3, help="trainings a margin (%(default)s)")
+    add("--epochs", type=positive, help="instead of the recipe's")
+    add("--device", default=device, help="cpu, cuda, cuda:1 and so on (%(default)s)")
+    add("--amp", action="store_true", help="autocast to bfloat16")
+    add(
+        "--output",
+        type=Path,
+        default=Path("build/experiments") / name,
+        help="folder for results, pictures and checkpoints (%(default)s)",
+    )
+    return parser
+
+
+# ---- runs and their results ----------------------------------------------------------------------
+
+
+class Results:
+    """The rows of results.json, one a run, and the checkpoints of runs that have not ended.
+
+    Raises:
+        SystemExit: the file is of an experiment with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        self.path = folder / "results.json"
+        self.rows: list[Row] = []
+        if self.path.exists():
+            saved = json.loads(self.path.read_text())
+            if saved["settings"] != self.settings:
+                raise SystemExit(
+                    f"{self.path} has other settings:\n  {saved['settings']}\nnow:\n  "
+                    f"{self.settings}\nName another folder with --output, or remove it."
+                )
+            self.rows = saved["rows"]
+        else:  # now, so that a checkpoint never lies beside settings that are not its own
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, with the versions of what computed it."""
+        versions = {"torch": torch.__version__, "lsoftmax": lsoftmax.__version__}
+        write_json(self.path, {"settings": self.settings, "versions": versions, "rows": self.rows})
+
+    def find(self, run: Row) -> Row | None:
+        """The row of a run that has ended."""
+        return next((row for row in self.rows if run.items() <= row.items()), None)
+
+    def checkpoint(self, run: Row) -> Path:
+        """Where a run keeps its state."""
+        return self.folder / ("-".join(f"{key}{value}" for key, value in run.items()) + ".pt")
+
+    def add(self, run: Row, figures: Row) -> Row:
+        """A run has ended: its row to the file, its checkpoint off the disk."""
+        row = {**run, **figures}
+        self.rows.append(row)
+        self.save()
+        self.checkpoint(run).unlink(missing_ok=True)
+        return row
+
+
+def run_all(
+    results: Results,
+    runs: Sequence[Row],
+    epochs: int,
+    train: Callable[[Row, Path, Callable[[Log], object]], Row],
+) -> list[Row]:
+    """The rows of all runs, training those that have none; a bar shows where it is."""
+    rows = []
+    with tqdm(total=len(runs) * epochs, unit="epoch") as bar:
+
+        def after_epoch(log: Log) -> None:
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {log['loss']:.3g}, lam {log['lam']:.3g}, angle {log['angle']:.1f}°, "
+                f"satisfied {log['satisfied']:.0%}"
+            )
+            if log["warning"] is not None:
+                bar.write(f"{bar.desc}epoch {log['epoch']}: {log['warning']}")
+
+        for run in runs:
+            bar.set_description(label(run))
+            row = results.find(run)
+            if row is not None:
+                bar.update(epochs)
+            else:
+                row = results.add(run, train(run, results.checkpoint(run), after_epoch))
+            rows.append(row)
+    return rows
+
+
+def prepare(
+    setting: Setting,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    margin: int,
+    seed: int,
+    *,
+    augment: Augment | None = None,
+    amp: bool = False,
+) -> Training:
+    """A training that is about to begin: the same for every margin but for the loss itself."""
+    torch.manual_seed(seed)
+    network = setting.network(images, setting.features).to(images.device)
+    schedule = setting.schedule(setting.recipe.steps(len(labels)))
+    criterion = lsoftmax.LSoftmaxLoss(setting.features, classes, margin, lam=schedule)
+    nn.init.kaiming_normal_(criterion.linear.weight)
+    return Training(
+        network,
+        criterion.to(images.device),
+        images,
+        labels,
+        setting.recipe,
+        seed,
+        augment=augment,
+        amp=amp,
+    )
+
+
+def figures_of(training: Training) -> Row:
+    """What every row tells of its training: time, the course of it, and a warning where it ends."""
+    history = training.history
+    shown = ("loss", "angle", "satisfied", "lam")
+    return {
+        "seconds": round(training.seconds, 1),
+        "warning": history[-1]["warning"],
+        "history": {key: [rounded(log[key]) for log in history] for key in shown},
+    }
+
+
+def describe(args: argparse.Namespace, setting: Setting, data: dict[str, int]) -> dict[str, Any]:
+    """The settings that results.json tells, which a resumed experiment must share."""
+    return {
+        "recipe": args.recipe,
+        **asdict(setting.recipe),
+        "features": setting.features,
+        "schedule": setting.schedule(setting.recipe.steps(data["train"])).extra_repr(),
+        "amp": args.amp,
+        **data,
+    }
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def label(run: Row) -> str:
+    """A run in words."""
+    rest = "".join(f", {key} {value}" for key, value in run.items() if key != "margin")
+    return f"{name(run['margin'])}{rest}"
+
+
+def name(margin: int) -> str:
+    """What a margin is called in tables and pictures."""
+    return "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and where there are several values their standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def by_seed(rows: Iterable[Row], margin: int, key: str) -> list[float]:
+    """A figure of each seed; where a seed has several folds, their mean."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if row["margin"] == margin and row[key] is not None:
+            values.setdefault(row["seed"], []).append(row[key])
+    return [statistics.mean(of_seed) for of_seed in values.values()]
+
+
+def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
+    """Markdown: a row a margin, a column a figure: mean and standard deviation over the seeds."""
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
+    for margin in dict.fromkeys(row["margin"] for row in rows):
+        cells = [mean_and_spread(by_seed(rows, margin, key)) for key in columns]
+        lines.append(f"| {name(margin)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """For a file: fewer digits, and None for what is no number."""
+    return None if value is None or value != value else float(f"{value:.{digits}g}")
