@@ -1,8 +1,8 @@
 """docs/experiments.md from the results in examples/results/: python examples/report.py.
 
 Fills what lies between ``<!-- NAME -->`` and ``<!-- end -->`` with the table of NAME.json, and
-draws its pictures beside the page. Results get there by hand: an experiment's results.json under
-the name of the experiment.
+draws its pictures beside the page. The README gets the first column of each. Results get there by
+hand: an experiment's results.json under the name of the experiment.
 """
 
 from __future__ import annotations
@@ -111,6 +111,29 @@ def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
     return page
 
 
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """A line an experiment: its first column for every margin, the paper's figure in brackets."""
+    lines = ["| | " + " | ".join(map(name, MNIST)) + " |", "|---" * (1 + len(MNIST)) + "|"]
+    for key, values in results.items():
+        column, words = next(iter(PARTS[key].columns.items()))
+        paper = PARTS[key].paper[1] if PARTS[key].paper else {}
+        trained, cells = {row["margin"] for row in values["rows"]}, []
+        for margin in MNIST:
+            if margin not in trained:
+                cells.append("")
+                continue
+            cell = mean_and_spread(by_seed(values["rows"], margin, column))
+            cells.append(cell + (f" ({paper[margin]:.2f})" if margin in paper else ""))
+        lines.append(f"| {key}: {words} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def fill_readme(page: str, results: dict[str, dict[str, Any]]) -> str:
+    """The README with its table of the results."""
+    pattern = r"(<!-- experiments -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: m[1] + summary(results) + m[2], page, flags=re.DOTALL)
+
+
 def load() -> dict[str, dict[str, Any]]:
     """The results that are there."""
     paths = {key: RESULTS / f"{key}.json" for key in PARTS}
@@ -120,6 +143,8 @@ def load() -> dict[str, dict[str, Any]]:
 def main() -> None:
     results, page = load(), DOCS / "experiments.md"
     write(page, fill(page.read_text(), results).encode())
+    readme = ROOT / "README.md"
+    write(readme, fill_readme(readme.read_text(), results).encode())
     for key, values in results.items():
         PARTS[key].draw(DOCS / f"experiments-{key}.png", values["rows"])
     print(f"{page}: {', '.join(results)}")

@@ -23,6 +23,9 @@ def test_page_is_made_from_the_results():
     assert report.fill(page, results) == page
     for key in results:
         assert (report.DOCS / f"experiments-{key}.png").exists()
+    readme = (report.ROOT / "README.md").read_text()
+    assert readme.count("<!-- experiments -->") == 1
+    assert report.fill_readme(readme, results) == readme
 
 
 def test_without_results_the_page_says_so():
@@ -68,9 +71,12 @@ def test_main_writes_page_and_pictures(tmp_path, monkeypatch):
     (docs / "experiments.md").write_text("a\n<!-- mnist -->\nold\n<!-- end -->\nb\n")
     monkeypatch.setattr(report, "RESULTS", folder)
     monkeypatch.setattr(report, "DOCS", docs)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("c\n<!-- experiments -->\n<!-- end -->\n")
     report.main()
     page = (docs / "experiments.md").read_text()
     assert page.startswith("a\n<!-- mnist -->\n| | test error")
     assert page.endswith("<!-- end -->\nb\n")
     assert "old" not in page
+    assert "| mnist: test error, % | 1.00" in (tmp_path / "README.md").read_text()
     assert (docs / "experiments-mnist.png").stat().st_size > 5000
