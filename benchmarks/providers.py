@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -56,6 +58,23 @@ class Regime(Provider):
         raise UnsupportedError(f"no memory budget leads to {self.regime} here")
 
 
+class FusedForward(Provider):
+    """Ours with the forward pass as one kernel, which is off unless asked for: Hopper, bfloat16."""
+
+    name, arrays = "ours (fused forward)", 1
+    cuda_only = True
+    types = ("bfloat16",)
+
+    def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
+        if torch.cuda.get_device_capability(x.device) != (9, 0):
+            raise UnsupportedError("needs compute capability 9.0")
+        return super().bind(x, w, y, margin, lam)
+
+    def loss(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Tensor:
+        with mock.patch.dict(os.environ, LSOFTMAX_FUSED_FORWARD="1"):
+            return functional.lsoftmax_loss(x, w, y, margin, lam)
+
+
 def regime_of(plan: Plan) -> str:
     chunks = "class chunks" if plan.class_chunk else "row chunks"
     return chunks if plan.class_chunk or plan.row_chunk else "in budget"
@@ -89,6 +108,7 @@ PROVIDERS: list[Provider] = [
     PRODUCTS,
     OURS,  # as it chooses by itself
     *(Regime(regime) for regime in REGIMES),
+    FusedForward(),
     REFERENCE,
     Compiled(REFERENCE),
     Published(),

@@ -203,8 +203,7 @@ def _products(
         e = e * back.scale
     dx = None
     if need_weight:  # first: its temporaries take the room that dX will
-        scaled = x if scale_e else x * back.scale
-        dw = torch.mm(e.t(), scaled) if dw is None else dw.addmm_(e.t(), scaled)
+        dw = _plus_product(dw, e.t(), x if scale_e else x * back.scale)
         if back.smoothing is not None:
             constant, weight = back.smoothing
             dw.addr_(weight, torch.mv(x.t(), constant))
@@ -218,6 +217,10 @@ def _products(
             dx.addr_(constant, torch.mv(w.t(), weight))
         add_shares(dx, x, w, back.targets, back.input_share, others)
     return dx, dw
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
 
 
 def _recomputed(
