@@ -203,7 +203,7 @@ def _backward(
         parts, dw = product(need_input, need_weight and together)
     if need_input:
         mine = parts.new_empty(options.size, parts.shape[1])
-        work = _reduce_scatter(mine, parts, group=options.group, async_op=True)
+        work: Any = _reduce_scatter(mine, parts, group=options.group, async_op=True)
     if need_weight and not together:
         _, dw = product(False, True)
     if need_input:
