@@ -14,16 +14,13 @@ chunk's E is at hand (a loss that is one number).
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .margin import Vector, accumulate_type, column_of, margin_terms, namespace
-from .panels import TargetColumn, exponentials, exponentiate, panels
+from .panels import exponentials
+from .products import Backward, products, recomputed
 from .rows import divisor_of, reduce, row_terms, saved_rows, valid_targets
-from .shares import add_class_shares, add_shares
 
 
 def e_storage(
@@ -117,18 +114,6 @@ def _rows_of(
     return terms.loss, saved_rows(terms, sums.reference, kept, dtype)
 
 
-class _Backward(NamedTuple):
-    """What every way of backward starts from: rows times the upstream gradient, ignored ones 0."""
-
-    x: Tensor  # (N, D), in the type of the rows, like all that follows
-    targets: Tensor  # (N,)
-    scale: Tensor  # (N, 1)
-    input_share: Tensor  # (N,), like the next two
-    weight_share: Tensor
-    target_share: Tensor
-    smoothing: tuple[Tensor, Tensor] | None  # constant_i (N,), w_j (C,): dz_ij = constant_i w_j
-
-
 def _backward_of(
     g: Tensor,
     rows: Tensor,
@@ -138,7 +123,7 @@ def _backward_of(
     weight: Tensor | None,
     label_smoothing: float,
     num_classes: int,
-) -> _Backward:
+) -> Backward:
     """``g``: the gradient of each row's loss, () or (N,)."""
     x = input.to(rows.dtype)
     if kept is not None:
@@ -150,7 +135,7 @@ def _backward_of(
         constant = (g * (-label_smoothing / num_classes)).expand(rows.shape[1])
         smoothing = constant, rows.new_ones(num_classes) if weight is None else weight
     scale = scale.unsqueeze(1)
-    return _Backward(x, index, scale, input_share, weight_share, target_share, smoothing)
+    return Backward(x, index, scale, input_share, weight_share, target_share, smoothing)
 
 
 def loss_bwd(
@@ -176,84 +161,15 @@ def loss_bwd(
     )
     needed = need_input, need_weight
     if class_chunk:
-        dx, dw = _recomputed(back, linear_weight, rows[4], class_chunk, *needed)
+        dx, dw = recomputed(back, linear_weight, rows[4], class_chunk, *needed)
     else:
-        dx, dw = _products(back, linear_weight, e[:n, :num_classes], *needed)
+        apart = e.dtype != rows.dtype  # the target's part is not in E
+        dx, dw = products(back, linear_weight, e[:n, :num_classes], apart, *needed)
     none = input.new_empty(0)
     return (
         none if dx is None else dx.to(input.dtype),
         none if dw is None else dw.to(linear_weight.dtype),
     )
-
-
-def _products(
-    back: _Backward,
-    linear_weight: Tensor,
-    e: Tensor,
-    need_input: bool,
-    need_weight: bool,
-    dw: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients from E (N, C), in the type of the rows; that of the weight added to ``dw``."""
-    x, w = back.x, linear_weight.to(back.x.dtype)
-    others = None if e.dtype == x.dtype else back.target_share  # None: it is in E
-    e = e.to(x.dtype)
-    scale_e = e.shape[1] < x.shape[1]  # the smaller factor: E, or X
-    if scale_e:
-        e = e * back.scale
-    dx = None
-    if need_weight:  # first: its temporaries take the room that dX will
-        dw = _plus_product(dw, e.t(), x if scale_e else x * back.scale)
-        if back.smoothing is not None:
-            constant, weight = back.smoothing
-            dw.addr_(weight, torch.mv(x.t(), constant))
-        add_class_shares(dw, x, w, back.targets, back.weight_share, others)
-    if need_input:
-        dx = torch.mm(e, w)
-        if not scale_e:
-            dx.mul_(back.scale)
-        if back.smoothing is not None:
-            constant, weight = back.smoothing
-            dx.addr_(constant, torch.mv(w.t(), weight))
-        add_shares(dx, x, w, back.targets, back.input_share, others)
-    return dx, dw
-
-
-def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b) if total is None else total.addmm_(a, b)
-
-
-def _recomputed(
-    back: _Backward,
-    linear_weight: Tensor,
-    reference: Tensor,
-    class_chunk: int,
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The same with E made again, a panel of classes at a time; each slice of dW written once."""
-    x, num_classes = back.x, linear_weight.shape[0]
-    dx = torch.zeros_like(x) if need_input else None
-    dw = torch.empty_like(linear_weight) if need_weight else None
-    scaled = x * back.scale
-    per_scale = torch.where(back.scale == 0, 0.0, 1.0 / back.scale)
-    e_y = back.target_share.unsqueeze(1) * per_scale
-    class_share = x.new_zeros(num_classes).index_add_(0, back.targets, back.weight_share)
-    for classes, panel, z in panels(x, linear_weight, class_chunk):
-        target = TargetColumn(z, classes, back.targets, num_classes)
-        target.fill(-math.inf)  # its exponential may be out of range
-        exponentiate(z, reference)
-        target.add(e_y)
-        if back.smoothing is not None:
-            constant, weight = back.smoothing
-            z.addr_(constant * per_scale.squeeze(1), weight[classes])
-        if dx is not None:
-            dx.addmm_(z, panel)
-        if dw is not None:
-            dw[classes] = torch.mm(z.t(), scaled).addcmul_(panel, class_share[classes].unsqueeze(1))
-    if dx is not None:
-        dx.mul_(back.scale).addcmul_(x, back.input_share.unsqueeze(1))
-    return dx, dw
 
 
 def loss_and_gradients(
@@ -289,7 +205,7 @@ def loss_and_gradients(
         back = _backward_of(
             1.0 / divisor, rows, x, y, kept_part, weight, label_smoothing, num_classes
         )
-        dx, dw = _products(back, linear_weight, e, need_input, need_weight, dw)
+        dx, dw = products(back, linear_weight, e, False, need_input, need_weight, dw)
         losses.append(row_loss)
         if dx is not None:
             parts.append(dx)

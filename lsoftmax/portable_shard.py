@@ -9,15 +9,13 @@ vanish where the target's part does not.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .margin import margin_terms, namespace, stacked
-from .panels import TargetColumn, exponentials, exponentiate, panels
+from .panels import exponentials
 from .portable import e_storage
-from .shares import add_class_shares, add_shares
+from .products import Backward, products, recomputed
 
 
 def shard_fwd(
@@ -92,75 +90,23 @@ def shard_bwd(
         (N, D) in the type of the logits, for parts in 16 bits must not be added up; and (C_s, D) in
         the type of ``linear_weight``.
     """
-    x = input.to(rows.dtype)
-    product = _recomputed if class_chunk else _stored
-    dx, dw = product(
-        *(rows, x, linear_weight, target, smoothing),
-        reference if class_chunk else e[:, : linear_weight.shape[0]],
-        *(class_chunk, need_input, need_weight),
+    scale, input_share, weight_share, target_share, constant = rows
+    back = Backward(
+        input.to(rows.dtype),
+        target,
+        scale.unsqueeze(1),
+        input_share,
+        weight_share,
+        target_share,
+        None if smoothing is None else (constant, smoothing),
     )
-    none = x.new_empty(0)
-    return none if dx is None else dx, none.to(input.dtype) if dw is None else dw
-
-
-def _stored(
-    rows: Tensor,
-    x: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    smoothing: Tensor | None,
-    e: Tensor,
-    class_chunk: int,
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Two products with E."""
-    scale, input_share, weight_share, others, constant = rows
-    w, e, index = linear_weight.to(x.dtype), e.to(x.dtype), target.clamp(min=0)
-    dx = dw = None
-    if need_weight:
-        dw = torch.mm(e.t(), x * scale.unsqueeze(1))
-        if smoothing is not None:
-            dw.addr_(smoothing, torch.mv(x.t(), constant))
-        add_class_shares(dw, x, w, index, weight_share, others)
-        dw = dw.to(linear_weight.dtype)
-    if need_input:
-        dx = torch.mm(e, w).mul_(scale.unsqueeze(1))
-        if smoothing is not None:
-            dx.addr_(constant, torch.mv(w.t(), smoothing))
-        add_shares(dx, x, w, index, input_share, others)
-    return dx, dw
-
-
-def _recomputed(
-    rows: Tensor,
-    x: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    smoothing: Tensor | None,
-    reference: Tensor,
-    class_chunk: int,
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The same with the gradient of a panel of logits at a time, its exponentials made again."""
-    scale, input_share, weight_share, others, constant = rows
-    dx = torch.zeros_like(x) if need_input else None
-    dw = torch.empty_like(linear_weight) if need_weight else None
-    index = target.clamp(min=0)
-    class_share = x.new_zeros(linear_weight.shape[0]).index_add_(0, index, weight_share)
-    for classes, panel, z in panels(x, linear_weight, class_chunk):
-        column = TargetColumn(z, classes, target, None)
-        column.fill(-math.inf)
-        exponentiate(z, reference)
-        z.mul_(scale.unsqueeze(1))
-        column.add(others.unsqueeze(1))
-        if smoothing is not None:
-            z.addr_(constant, smoothing[classes])
-        if dx is not None:
-            dx.addmm_(z, panel)
-        if dw is not None:
-            dw[classes] = torch.mm(z.t(), x).addcmul_(panel, class_share[classes].unsqueeze(1))
-    if dx is not None:
-        dx.addcmul_(x, input_share.unsqueeze(1))
-    return dx, dw
+    needed = need_input, need_weight
+    if class_chunk:
+        dx, dw = recomputed(back, linear_weight, reference, class_chunk, *needed)
+    else:
+        columns = e[:, : linear_weight.shape[0]]
+        dx, dw = products(back, linear_weight, columns, True, *needed)
+    return (
+        rows.new_empty(0) if dx is None else dx,
+        input.new_empty(0) if dw is None else dw.to(linear_weight.dtype),
+    )
