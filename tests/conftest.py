@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def _seed(request: pytest.FixtureRequest) -> None:
 def hash_of(text: str) -> int:
     """The same in every process, unlike hash(), and in the 32 bits that torch seeds a CPU with."""
     return zlib.crc32(text.encode())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

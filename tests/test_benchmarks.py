@@ -34,13 +34,7 @@ LIMITS = {"bandwidth": 1e10, "flops": dict.fromkeys(floors.SIZES, 1e11)}
 CASE = Case(n=24, d=6, c=130, dtype="float32", margin=3)  # more classes than are compared
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two wait for each other where one is busy, and nothing here is large."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*providers: Provider, case: Case = CASE, **changes) -> dict[str, dict]:

@@ -17,14 +17,7 @@ for package in ("sklearn", "matplotlib", "tqdm"):
 import digits
 import lsoftmax
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads on so small networks mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_table_picture_and_figures(device, tmp_path, capsys):

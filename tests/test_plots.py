@@ -18,14 +18,7 @@ from matplotlib.image import imread
 from lsoftmax import __main__ as command
 from lsoftmax import plots
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads on so small a network mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lines(axes) -> list[tuple[np.ndarray, np.ndarray]]:

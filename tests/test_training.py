@@ -21,14 +21,7 @@ import lsoftmax
 import networks
 import training
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads on so small networks mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- training ------------------------------------------------------------------------------------
