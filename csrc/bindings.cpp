@@ -15,8 +15,12 @@ TORCH_LIBRARY_IMPL(lsoftmax, LSOFTMAX_DISPATCH_KEY, m) {
   m.impl("loss_fwd", &lsoftmax::loss_fwd);
   m.impl("loss_bwd", &lsoftmax::loss_bwd);
   m.impl("loss_and_gradients", &lsoftmax::loss_and_gradients);
+  m.impl("shard_fwd", &lsoftmax::shard_fwd);
+  m.impl("shard_bwd", &lsoftmax::shard_bwd);
   m.impl("linear_fwd", &lsoftmax::linear_fwd);
   m.impl("linear_bwd", &lsoftmax::linear_bwd);
+  m.impl("upcoming_lam", &lsoftmax::upcoming_lam);
+  m.impl("anneal_", &lsoftmax::anneal_);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.attr("torch_version") = TORCH_VERSION; }

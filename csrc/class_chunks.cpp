@@ -9,7 +9,7 @@
 namespace lsoftmax {
 
 void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_chunk,
-                          const Tensor& row_loss, const Tensor& rows, cudaStream_t stream) {
+                          const Rows& rows, cudaStream_t stream) {
   const int64_t n = loss.n(), c = loss.c(), chunk = std::min(class_chunk, c);
   if (n == 0) return;
   const Panel panel = make_panel(loss, n, padded(chunk), /*keep_e=*/false);
@@ -18,20 +18,21 @@ void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_
   for (int64_t first = 0; first < c; first += chunk) {
     const int64_t width = std::min(chunk, c - first);
     make_logits(loss, panel, first, width);
-    loss_rows(loss, margin, panel, first, width, state, row_loss, rows, stream);
+    loss_rows(loss, margin, panel, first, width, state, rows, stream);
   }
 }
 
 namespace {
 
-void exponentials(const Loss& loss, const Tensor& rows, const Panel& panel, int64_t first_class,
-                  int64_t width, cudaStream_t stream) {
+void exponentials(const Loss& loss, const Tensor& rows, const Tensor& reference, const Panel& panel,
+                  int64_t first_class, int64_t width, cudaStream_t stream) {
   for_type(loss.x, [&](auto zero) {
     using T = decltype(zero);
     using A = typename Storage<T>::Acc;
     Exponentials<T> params{};
     params.target = pointer<int64_t>(loss.y);
-    params.rows = pointer<A>(rows);
+    params.reference = pointer<A>(reference);
+    params.rows = loss.target_in_e() ? pointer<A>(rows) : nullptr;
     params.class_weight = pointer<A>(loss.class_weight);
     params.z = pointer<A>(panel.z);
     params.e = mutable_pointer<typename Storage<T>::E>(panel.e);
@@ -41,15 +42,14 @@ void exponentials(const Loss& loss, const Tensor& rows, const Panel& panel, int6
     params.stride = panel.z.size(1);
     params.ignore_index = loss.ignore_index;
     params.class_weights = loss.smooth();
-    params.target_in_e = loss.target_in_e();
     C10_CUDA_CHECK(launch_exponentials(params, stream));
   });
 }
 
 }  // namespace
 
-std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Tensor& grad,
-                                                const Tensor& divisor, const Tensor& rows,
+std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream& upstream,
+                                                const Tensor& rows, const Tensor& reference,
                                                 int64_t class_chunk, bool need_input,
                                                 bool need_weight, cudaStream_t stream) {
   const int64_t n = loss.n(), d = loss.d(), c = loss.c(), chunk = std::min(class_chunk, c);
@@ -63,13 +63,12 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Tensor& 
     dw = at::empty_like(w);
     if (w.scalar_type() != e_type) slice = at::empty({chunk, d}, panel.e.options());
   }
-  const Upstream upstream = backward_rows(loss, grad, divisor, rows, need_weight, stream);
   const Shares shares = upstream.of(loss);
 
   for (int64_t first = 0; first < c; first += chunk) {
     const int64_t width = std::min(chunk, c - first);
     make_logits(loss, panel, first, width);
-    exponentials(loss, rows, panel, first, width, stream);
+    exponentials(loss, rows, reference, panel, first, width, stream);
     const Tensor e = corner(panel.e, e_rows, width);
     if (need_input) matmul(product, e, w.narrow(0, first, width).to(e_type), /*add=*/first > 0);
     if (!need_weight) continue;
@@ -80,9 +79,9 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Tensor& 
     if (slice.defined()) dw_slice.copy_(sum);
   }
   if (need_input) {
-    const bool in_place = x.scalar_type() == product.scalar_type();
+    const bool in_place = loss.shard || x.scalar_type() == product.scalar_type();
     dx = in_place ? product.narrow(0, 0, n) : at::empty_like(x);
-    finish_gradients(x, w, loss.y, shares, product, dx, Tensor(), 0, /*wide=*/false, stream);
+    finish_gradients(x, w, loss.y, shares, product, dx, Tensor(), 0, /*wide=*/loss.shard, stream);
   }
   return {dx, dw};
 }

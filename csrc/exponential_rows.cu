@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_reference_kernel(RowReference
   if (y == p.ignore_index) {  // its numbers are used for nothing
     if (threadIdx.x == 0) {
       p.reference[i] = 0;
+      if (p.row_cosine != nullptr) p.row_cosine[i] = 0;
       for (int64_t k = 0; k < 4; ++k) p.margin_terms[k * p.n + i] = 0;
     }
     return;
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_reference_kernel(RowReference
       margin_terms(sum.dot, sum.xx, sum.ww, p.margin, static_cast<double>(*p.lam));
   const double largest = static_cast<double>(peak);
   p.reference[i] = whole_reference(largest > m.f ? largest : m.f);
+  if (p.row_cosine != nullptr) p.row_cosine[i] = static_cast<float>(cosine(sum));
   p.margin_terms[i] = m.f;
   p.margin_terms[p.n + i] = m.alpha;
   p.margin_terms[2 * p.n + i] = m.beta;

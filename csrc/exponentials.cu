@@ -26,10 +26,9 @@ struct RowOfChunk {
       : z(p.z + i * p.stride),
         e(p.e + i * p.stride),
         target(p.target[i] - p.first_class),
-        reference(p.rows[4 * p.n + i]),
+        reference(p.reference[i]),
         e_y(0) {
-    const A scale = p.rows[i];
-    if (p.target_in_e && scale != 0) e_y = p.rows[3 * p.n + i] / scale;
+    if (p.rows != nullptr && p.rows[i] != 0) e_y = p.rows[3 * p.n + i] / p.rows[i];
   }
 
   __device__ void store(const Pack<A, kVector>& logits, int64_t j) const {

@@ -38,8 +38,8 @@ bool can_fuse_forward(const Loss& loss) {
          gemm_exponentials_supported(product_of(loss, padded(loss.c())));
 }
 
-void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Tensor& row_loss,
-                   const Tensor& rows, cudaStream_t stream) {
+void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Rows& rows,
+                   cudaStream_t stream) {
   const int64_t n = loss.n(), pilots = std::min(loss.c(), kPilotClasses);
   const Tensor pilot = at::empty({n, pilots}, loss.wide());
   matmul(pilot, loss.x, loss.w.narrow(0, 0, pilots).t());
@@ -60,6 +60,7 @@ void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, cons
   first.pilot = pointer<float>(pilot);
   first.reference = mutable_pointer<float>(reference);
   first.margin_terms = mutable_pointer<double>(terms);
+  first.row_cosine = mutable_pointer<float>(rows.cosine);
   first.n = n;
   first.d = product.d;
   first.c = product.c;
@@ -76,8 +77,8 @@ void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, cons
   last.partial = product.partial;
   last.reference = first.reference;
   last.e = product.e;
-  last.row_loss = mutable_pointer<float>(row_loss);
-  last.rows = mutable_pointer<float>(rows);
+  last.row_loss = mutable_pointer<float>(rows.loss);
+  last.rows = mutable_pointer<float>(rows.saved);
   last.n = n;
   last.d = product.d;
   last.c = product.c;

@@ -13,13 +13,21 @@
 namespace lsoftmax {
 namespace {
 
-// The upstream gradient of a row's loss.
+// The upstream gradient of a row's loss; 1 where it is in the rows already.
 template <typename T>
 __device__ typename Storage<T>::Acc gradient_of(const BackwardRows<T>& p, int64_t i) {
   using A = typename Storage<T>::Acc;
+  if (p.shares == nullptr) return A(1);
   if (p.target[i] == p.ignore_index) return A(0);  // the mean of no kept rows has an infinite one
   const A grad = p.grad == nullptr ? A(1) : p.grad[p.grad_per_row ? i : 0];
   return grad / *p.divisor;
+}
+
+template <typename T>
+__device__ typename Storage<T>::Acc constant_of(const BackwardRows<T>& p, int64_t i) {
+  using A = typename Storage<T>::Acc;
+  if (p.shares == nullptr) return p.rows[4 * p.n + i];
+  return gradient_of(p, i) * static_cast<A>(p.constant);
 }
 
 // constant_x of 32 columns of X, one a lane; each warp takes some of the rows.
@@ -31,7 +39,7 @@ __device__ void sum_constant_x(const BackwardRows<T>& p, int64_t columns) {
   const int64_t j = columns * kWarp + lane;
   A sum = 0;
   for (int64_t i = warp; j < p.d && i < p.n; i += warps) {
-    const A share = gradient_of(p, i) * static_cast<A>(p.constant);
+    const A share = constant_of(p, i);
     if (share != 0) sum += share * static_cast<A>(p.x[i * p.d + j]);  // an ignored x may be NaN
   }
   partial[static_cast<int>(threadIdx.x)] = sum;
@@ -49,9 +57,9 @@ __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(BackwardRows
   if (i >= p.n) return sum_constant_x(p, i - p.n);
   const bool ignored = p.target[i] == p.ignore_index;
   const A g = gradient_of(p, i), scale = g * p.rows[i];
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && p.shares != nullptr) {
     for (int64_t k = 0; k < 4; ++k) p.shares[k * p.n + i] = g * p.rows[k * p.n + i];
-    p.shares[4 * p.n + i] = g * static_cast<A>(p.constant);
+    p.shares[4 * p.n + i] = constant_of(p, i);
   }
   if (p.order != nullptr) write_order(p.order, p.target, p.n, i);
   if (p.scaled_x == nullptr) return;
@@ -67,7 +75,8 @@ template <typename T, bool kWide>
 __device__ void finish_input(const FinishGradients<T, kWide>& p, int64_t i) {
   using A = typename Storage<T>::Acc;
   using DX = typename FinishGradients<T, kWide>::DX;
-  const T* w_y = p.rest == nullptr || p.rest[i] == 0 ? nullptr : p.w + p.target[i] * p.d;
+  const bool has_rest = p.rest != nullptr && p.rest[i] != 0;  // a NaN even where y is elsewhere, -1
+  const T* w_y = has_rest && p.target[i] >= 0 ? p.w + p.target[i] * p.d : nullptr;
   const A scale = p.scale == nullptr ? A(1) : p.scale[i], share = p.input[i];
   const A rest = w_y == nullptr ? A(0) : p.rest[i];
   const A constant = p.constant == nullptr ? A(0) : p.constant[i];

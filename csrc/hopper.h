@@ -34,6 +34,7 @@ struct RowReference {
   const float* pilot;      // (N, P): logits of the first P classes, 0 <= P <= C
   float* reference;        // (N,)
   double* margin_terms;    // (4, N): f, alpha, beta, gamma
+  float* row_cosine;       // (N,), as of LossRows; or null
   int64_t n, d, c, p;
   int64_t ignore_index;
   int margin;

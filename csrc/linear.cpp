@@ -5,8 +5,9 @@
 
 namespace lsoftmax {
 
-std::tuple<Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& linear_weight,
-                                      const Tensor& target, int64_t margin, const Tensor& lam) {
+std::tuple<Tensor, Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& linear_weight,
+                                              const Tensor& target, int64_t margin,
+                                              const Tensor& lam) {
   check_matrices(input, linear_weight, target);
   check_margin(margin, lam, input);
   const Scope scope(input);
@@ -14,7 +15,8 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& linear_
   // Of the tensors as they came, so that the other logits are F.linear's bit for bit.
   Tensor logits = at::linear(input, linear_weight).contiguous();
   Tensor coefficients = at::empty({3, x.size(0)}, x.options().dtype(accumulate_type(x)));
-  if (x.size(0) == 0) return {logits, coefficients};
+  const Tensor row_cosine = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
+  const Tensor cosine = at::empty({}, row_cosine.options());
   for_type(x, [&](auto zero) {
     using T = decltype(zero);
     using A = typename Storage<T>::Acc;
@@ -25,13 +27,22 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& linear_
     params.lam = pointer<float>(lam);
     params.logits = logits.mutable_data_ptr<T>();
     params.coefficients = coefficients.mutable_data_ptr<A>();
+    params.row_cosine = mutable_pointer<float>(row_cosine);
     params.n = x.size(0);
     params.d = x.size(1);
     params.c = w.size(0);
     params.margin = static_cast<int>(margin);
-    C10_CUDA_CHECK(launch_margin_logits(params, scope.stream));
+    if (params.n > 0) C10_CUDA_CHECK(launch_margin_logits(params, scope.stream));
   });
-  return {logits, coefficients};
+  LossSum<float> mean{};
+  mean.row_cosine = pointer<float>(row_cosine);
+  mean.target = pointer<int64_t>(y);
+  mean.cosine = mutable_pointer<float>(cosine);
+  mean.n = x.size(0);
+  mean.c = w.size(0);
+  mean.ignore_index = -1;  // no target is negative
+  C10_CUDA_CHECK(launch_loss_sum(mean, scope.stream));
+  return {logits, coefficients, cosine};
 }
 
 std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input,

@@ -6,7 +6,7 @@
 
 namespace lsoftmax {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, int64_t margin,
     const Tensor& lam, const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, bool save, int64_t class_chunk) {
@@ -18,26 +18,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_fwd(
   const bool keep_e = save && class_chunk == 0;
 
   Tensor e;
-  const Tensor rows = save ? at::empty({5, n}, loss.wide()) : Tensor();
-  const Tensor row_loss = at::empty({n}, loss.wide());
+  const Rows rows = make_rows(loss, save);
   if (class_chunk > 0) {
-    forward_class_chunks(loss, terms, class_chunk, row_loss, rows, scope.stream);
+    forward_class_chunks(loss, terms, class_chunk, rows, scope.stream);
   } else if (can_fuse_forward(loss)) {
     if (keep_e) e = allocate("the exponentials", {n, padded(c)}, loss.e_options());
-    fused_forward(loss, terms, e, row_loss, rows, scope.stream);
+    fused_forward(loss, terms, e, rows, scope.stream);
   } else {
     // As lsoftmax/portable.py's e_storage has it: rows of bfloat16 are whole 16-byte packs.
     const Panel panel = make_panel(loss, n, loss.e_is_wide() ? c : padded(c), keep_e);
     e = panel.e;
     if (n > 0) make_logits(loss, panel, 0, c);
-    loss_rows(loss, terms, panel, 0, c, Tensor(), row_loss, rows, scope.stream);
+    loss_rows(loss, terms, panel, 0, c, Tensor(), rows, scope.stream);
   }
   if (!keep_e) e = at::empty({0}, loss.e_options());
-  const Tensor saved = save ? rows : at::empty({0}, loss.wide());
-  if (reduction == kNone) return {row_loss, e, saved, at::ones({}, loss.wide())};
-  const Tensor out = at::empty({}, loss.wide()), divisor = at::empty({}, loss.wide());
-  loss_sum(loss, reduction == kMean, row_loss, out, divisor, scope.stream);
-  return {out, e, saved, divisor};
+  const Tensor saved = save ? rows.saved : at::empty({0}, loss.wide());
+  Sums sums{Tensor(), at::empty({}, loss.wide()), at::empty({}, rows.cosine.options())};
+  if (reduction != kNone) sums.loss = at::empty({}, loss.wide());
+  loss_sum(loss, reduction == kMean, rows, sums, scope.stream);
+  return {reduction == kNone ? rows.loss : sums.loss, e, saved, sums.divisor, sums.cosine};
 }
 
 std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
@@ -61,8 +60,10 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
     if (need_input) dx = at::empty_like(input);
     if (need_weight) dw = at::zeros_like(linear_weight);
   } else if (class_chunk > 0) {
-    std::tie(dx, dw) = backward_class_chunks(loss, grad.contiguous(), divisor, rows, class_chunk,
-                                             need_input, need_weight, scope.stream);
+    const Upstream upstream =
+        backward_rows(loss, grad.contiguous(), divisor, rows, need_weight, scope.stream);
+    std::tie(dx, dw) = backward_class_chunks(loss, upstream, rows, rows[4], class_chunk, need_input,
+                                             need_weight, scope.stream);
   } else {
     const Upstream upstream =
         backward_rows(loss, grad.contiguous(), divisor, rows, need_weight, scope.stream);

@@ -12,6 +12,7 @@ struct Loss {
   Tensor class_weight;  // contiguous, or undefined: all 1
   int64_t ignore_index;
   double label_smoothing;
+  bool shard = false;  // of the classes: see shard.cpp
 
   int64_t n() const { return x.size(0); }
   int64_t d() const { return x.size(1); }
@@ -26,15 +27,14 @@ struct Loss {
   // row's numbers, nor where there are many classes: the target's exponential is about the sum of
   // all others', and a float that holds the one loses digits of each other that is added. There it
   // is added after the products: see FinishGradients, which for few classes has long sums to do.
-  bool target_in_e() const { return e_is_wide() && c() <= 1024; }
+  // Nor in a shard: its share of a row's exponentials, the unit of E, may vanish.
+  bool target_in_e() const { return !shard && e_is_wide() && c() <= 1024; }
 
   Loss rows(int64_t first, int64_t count) const {
-    return {x.narrow(0, first, count),
-            w,
-            y.narrow(0, first, count),
-            class_weight,
-            ignore_index,
-            label_smoothing};
+    Loss part = *this;
+    part.x = x.narrow(0, first, count);
+    part.y = y.narrow(0, first, count);
+    return part;
   }
 };
 
@@ -49,6 +49,19 @@ struct Margin {
 };
 
 Margin check_margin(int64_t margin, const Tensor& lam, const Loss& loss);
+
+// What the forward pass leaves of each row.
+struct Rows {
+  Tensor loss;    // (N,)
+  Tensor cosine;  // (N,), float32
+  Tensor saved;   // (5, N), for backward; undefined where there is none
+
+  Rows part(int64_t first, int64_t count, const Tensor& saved_part) const {
+    return {loss.narrow(0, first, count), cosine.narrow(0, first, count), saved_part};
+  }
+};
+
+Rows make_rows(const Loss& loss, bool save);
 
 // Room for the logits of some rows and classes, and for the exponentials they become.
 struct Panel {
@@ -70,20 +83,23 @@ inline Tensor corner(const Tensor& matrix, int64_t rows, int64_t columns) {
 // Logits of the classes [first_class, first_class + width), into panel.z.
 void make_logits(const Loss& loss, const Panel& panel, int64_t first_class, int64_t width);
 
-// LossRows. `state` is undefined where all classes come at once, `rows` where there is no backward.
+// LossRows. `state` is undefined where all classes come at once. Of a shard `rows` holds nothing.
 void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64_t first_class,
-               int64_t width, const Tensor& state, const Tensor& row_loss, const Tensor& rows,
-               cudaStream_t stream);
+               int64_t width, const Tensor& state, const Rows& rows, cudaStream_t stream);
 
 // make_logits and loss_rows in one kernel, where device, type and options allow and the user wants
 // it. `e` (N, padded(C)) is undefined where only the loss is wanted.
 bool can_fuse_forward(const Loss& loss);
-void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Tensor& row_loss,
-                   const Tensor& rows, cudaStream_t stream);
+void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Rows& rows,
+                   cudaStream_t stream);
 
-// LossSum. `row_loss` and `out` may be undefined: the divisor alone.
-void loss_sum(const Loss& loss, bool mean, const Tensor& row_loss, const Tensor& out,
-              const Tensor& divisor, cudaStream_t stream);
+// What the batch comes to; each (), and undefined where it is not wanted.
+struct Sums {
+  Tensor loss, divisor, cosine;
+};
+
+// LossSum. What it does not sum of `rows` may be undefined.
+void loss_sum(const Loss& loss, bool mean, const Rows& rows, const Sums& sums, cudaStream_t stream);
 
 // BackwardRows, and what FinishGradients wants of it.
 struct Upstream {
@@ -94,17 +110,18 @@ struct Upstream {
   Shares of(const Loss& loss) const;
 };
 
-// An undefined `grad` is 1.
+// An undefined `grad` is 1. Of a shard there is no divisor either: the rows have it all.
 Upstream backward_rows(const Loss& loss, const Tensor& grad, const Tensor& divisor,
                        const Tensor& rows, bool need_weight, cudaStream_t stream);
 
-// The over-budget regime of loss_fwd: fills row_loss and, where defined, rows.
+// The over-budget regime of loss_fwd: fills `rows`.
 void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_chunk,
-                          const Tensor& row_loss, const Tensor& rows, cudaStream_t stream);
+                          const Rows& rows, cudaStream_t stream);
 
-// Of loss_bwd: dX and dW, undefined where not needed.
-std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Tensor& grad,
-                                                const Tensor& divisor, const Tensor& rows,
+// Of loss_bwd and shard_bwd: dX, of a shard in the accumulate type, and dW; undefined where not
+// needed. `rows` and `reference` are those of Exponentials; rows are not read of a shard.
+std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream& upstream,
+                                                const Tensor& rows, const Tensor& reference,
                                                 int64_t class_chunk, bool need_input,
                                                 bool need_weight, cudaStream_t stream);
 

@@ -7,8 +7,14 @@
 // packs. Range allows e^+-80 around it. A thread that meets a logit more than kSlack above its
 // reference raises it, and rescales what it has written; at the end all threads agree on the
 // largest reference, and those below it rescale. Both are rare, and the result is exact either way.
+//
+// Of a shard of the classes the same kernel leaves the sums of each row and its margin. There f is
+// no part of the reference: it may be so far above the shard's logits that all their exponentials
+// vanish, and the shards' sums are yet to be added up.
 
 #include <c10/macros/Macros.h>
+
+#include <limits>
 
 #include "block.cuh"
 #include "lsoftmax.h"
@@ -19,6 +25,9 @@ namespace {
 
 constexpr int kSlack = 40;    // e^40 times 10^7 classes is far inside float32 and bfloat16
 constexpr int kInFlight = 4;  // packs a thread loads before it works on the first
+
+template <typename A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 template <typename A>
 struct Max {
@@ -209,25 +218,31 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(LossRows<T> p) {
     }
   }
   if (ignored) {
-    if (threadIdx.x != 0 || !last) return;
+    if (threadIdx.x != 0) return;
+    if (first && p.row_cosine != nullptr) p.row_cosine[i] = 0;
+    if (!last) return;
     p.row_loss[i] = 0;
     for (int64_t k = 0; k < 5 && p.rows != nullptr; ++k) p.rows[k * p.n + i] = 0;
     return;
   }
   const int64_t y = p.target[i];
-  CUDA_KERNEL_ASSERT(y >= 0 && y < p.c);
+  const bool shard = p.row_loss == nullptr;
+  CUDA_KERNEL_ASSERT(y >= (shard ? -1 : 0) && y < p.c);
 
   // Thread 0's, since double arithmetic is slow on many GPUs; not in its registers, of which the
   // logits need all.
   __shared__ SharedArray<MarginTerms, 1> margin;
-  A start = 0;
-  if (first) {
+  A start = kLowest<A>;
+  if (first && y < 0) {
+    if (threadIdx.x == 0) margin[0] = MarginTerms{};
+  } else if (first) {
     const Products sum = block_reduce(products(p.x + i * p.d, p.w + y * p.d, p.d), AddProducts{});
     if (threadIdx.x == 0) {
       const MarginTerms m =
           margin_terms(sum.dot, sum.xx, sum.ww, p.margin, static_cast<double>(*p.lam));
       margin[0] = m;
-      start = static_cast<A>(m.f);
+      if (!shard) start = static_cast<A>(m.f);
+      if (p.row_cosine != nullptr) p.row_cosine[i] = static_cast<float>(cosine(sum));
     }
   } else if (threadIdx.x == 0) {
     margin[0] = MarginTerms{p.state[kF * p.n + i], p.state[kAlpha * p.n + i],
@@ -251,7 +266,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(LossRows<T> p) {
         all, {p.state[kReference * p.n + i], p.state[kESum * p.n + i], p.state[kZSum * p.n + i]});
   }
   const MarginTerms m = margin[0];
-  last ? finish_row(p, i, m, all) : save_state(p, i, m, all);
+  last && !shard ? finish_row(p, i, m, all) : save_state(p, i, m, all);
 }
 
 }  // namespace

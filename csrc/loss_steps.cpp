@@ -23,6 +23,12 @@ Margin check_margin(int64_t margin, const Tensor& lam, const Loss& loss) {
   return {static_cast<int>(margin), lam, weighted ? loss.class_weight.sum() : Tensor()};
 }
 
+Rows make_rows(const Loss& loss, bool save) {
+  const auto wide = loss.wide();
+  return {at::empty({loss.n()}, wide), at::empty({loss.n()}, wide.dtype(at::kFloat)),
+          save ? at::empty({5, loss.n()}, wide) : Tensor()};
+}
+
 Panel make_panel(const Loss& loss, int64_t rows, int64_t stride, bool keep_e) {
   Tensor e;
   if (keep_e) {
@@ -38,8 +44,7 @@ void make_logits(const Loss& loss, const Panel& panel, int64_t first_class, int6
 }
 
 void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64_t first_class,
-               int64_t width, const Tensor& state, const Tensor& row_loss, const Tensor& rows,
-               cudaStream_t stream) {
+               int64_t width, const Tensor& state, const Rows& rows, cudaStream_t stream) {
   for_type(loss.x, [&](auto zero) {
     using T = decltype(zero);
     using A = typename Storage<T>::Acc;
@@ -53,8 +58,9 @@ void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64
     params.z = mutable_pointer<A>(panel.z);
     params.e = mutable_pointer<typename Storage<T>::E>(panel.e);
     params.state = mutable_pointer<double>(state);
-    params.row_loss = mutable_pointer<A>(row_loss);
-    params.rows = mutable_pointer<A>(rows);
+    params.row_loss = mutable_pointer<A>(rows.loss);
+    params.rows = mutable_pointer<A>(rows.saved);
+    params.row_cosine = mutable_pointer<float>(rows.cosine);
     params.n = loss.n();
     params.d = loss.d();
     params.c = loss.c();
@@ -70,16 +76,18 @@ void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64
   });
 }
 
-void loss_sum(const Loss& loss, bool mean, const Tensor& row_loss, const Tensor& out,
-              const Tensor& divisor, cudaStream_t stream) {
+void loss_sum(const Loss& loss, bool mean, const Rows& rows, const Sums& sums,
+              cudaStream_t stream) {
   const auto sum = [&](auto zero) {
     using A = decltype(zero);
     LossSum<A> params{};
-    params.row_loss = pointer<A>(row_loss);
+    params.row_loss = pointer<A>(rows.loss);
+    params.row_cosine = pointer<float>(rows.cosine);
     params.target = pointer<int64_t>(loss.y);
     params.class_weight = pointer<A>(loss.class_weight);
-    params.loss = mutable_pointer<A>(out);
-    params.divisor = mutable_pointer<A>(divisor);
+    params.loss = mutable_pointer<A>(sums.loss);
+    params.divisor = mutable_pointer<A>(sums.divisor);
+    params.cosine = mutable_pointer<float>(sums.cosine);
     params.n = loss.n();
     params.c = loss.c();
     params.ignore_index = loss.ignore_index;
@@ -93,7 +101,8 @@ Upstream backward_rows(const Loss& loss, const Tensor& grad, const Tensor& divis
                        const Tensor& rows, bool need_weight, cudaStream_t stream) {
   const int64_t n = loss.n(), d = loss.d();
   Upstream out;
-  out.shares = at::empty({5, n}, loss.wide());
+  out.shares = loss.shard ? rows : at::empty({5, n}, loss.wide());
+  if (loss.shard && !need_weight) return out;
   bool sort = false;
   if (need_weight) {
     out.scaled_x = at::empty({loss.e_rows(n), d}, loss.e_options());
@@ -108,7 +117,7 @@ Upstream backward_rows(const Loss& loss, const Tensor& grad, const Tensor& divis
     params.rows = pointer<A>(rows);
     params.target = pointer<int64_t>(loss.y);
     params.x = pointer<T>(loss.x);
-    params.shares = mutable_pointer<A>(out.shares);
+    params.shares = loss.shard ? nullptr : mutable_pointer<A>(out.shares);
     params.scaled_x = mutable_pointer<typename Storage<T>::E>(out.scaled_x);
     params.constant_x = need_weight && loss.smooth() ? params.scaled_x + n * d : nullptr;
     params.order = sort ? mutable_pointer<int64_t>(out.order) : nullptr;

@@ -1,4 +1,4 @@
-// The loss of a batch from the losses of its rows, and the divisor of its mean.
+// The loss of a batch from the losses of its rows, the divisor of its mean, and the mean cosine.
 
 #include <c10/macros/Macros.h>
 
@@ -8,33 +8,38 @@
 namespace lsoftmax {
 namespace {
 
-struct LossAndWeight {
-  double loss, weight;
+struct BatchSums {
+  double loss, weight, cosine, kept;
 };
 
-struct AddLosses {
-  __device__ LossAndWeight operator()(const LossAndWeight& p, const LossAndWeight& q) const {
-    return {p.loss + q.loss, p.weight + q.weight};
+struct AddSums {
+  __device__ BatchSums operator()(const BatchSums& p, const BatchSums& q) const {
+    return {p.loss + q.loss, p.weight + q.weight, p.cosine + q.cosine, p.kept + q.kept};
   }
 };
 
 // One block, a fixed order: the same bits in every run.
 template <typename Acc>
 __global__ void __launch_bounds__(kMaxThreads) loss_sum_kernel(LossSum<Acc> p) {
-  LossAndWeight sum{0, 0};
+  BatchSums sum{0, 0, 0, 0};
   for (int64_t i = threadIdx.x; i < p.n; i += blockDim.x) {
     if (p.row_loss != nullptr) sum.loss += static_cast<double>(p.row_loss[i]);
+    if (p.row_cosine != nullptr) sum.cosine += static_cast<double>(p.row_cosine[i]);
     const int64_t y = p.target[i];
     if (y != p.ignore_index) {
       CUDA_KERNEL_ASSERT(y >= 0 && y < p.c);
+      sum.kept += 1;
       sum.weight += p.class_weight == nullptr ? 1 : static_cast<double>(p.class_weight[y]);
     }
   }
-  sum = block_reduce(sum, AddLosses{});
+  sum = block_reduce(sum, AddSums{});
   if (threadIdx.x != 0) return;
   const double divisor = p.mean ? sum.weight : 1;
   if (p.loss != nullptr) *p.loss = static_cast<Acc>(sum.loss / divisor);
-  *p.divisor = static_cast<Acc>(divisor);
+  if (p.cosine != nullptr) {
+    *p.cosine = static_cast<float>(sum.cosine / (sum.kept > 0 ? sum.kept : 1));
+  }
+  if (p.divisor != nullptr) *p.divisor = static_cast<Acc>(divisor);
 }
 
 }  // namespace

@@ -31,7 +31,8 @@ struct Storage<c10::BFloat16> {
 };
 
 // Some or all classes' logits at a time: those of `width` classes from first_class on, with chunks
-// in ascending order. Only where all come at once is E kept.
+// in ascending order. Only where all come at once is E kept. Without row_loss the classes are a
+// shard: a target of -1 is in another, and the state, also of the last chunk, is what is wanted.
 template <typename T>
 struct LossRows {
   using Acc = typename Storage<T>::Acc;
@@ -46,9 +47,10 @@ struct LossRows {
   E* e;                     // (N, e_stride), or (N + 1, e_stride) with label smoothing, the last
          // row for the class weights; width used, up to 7 more set to 0; may be z;
          // null: only read
-  double* state;  // (7, N), from chunk to chunk; null: there is one
-  Acc* row_loss;  // (N,), with the last chunk, and so
-  Acc* rows;      // (5, N): scale; input, weight and target share; reference; or null
+  double* state;      // (7, N), from chunk to chunk; null: there is one
+  Acc* row_loss;      // (N,), with the last chunk, and so
+  Acc* rows;          // (5, N): scale; input, weight and target share; reference; or null
+  float* row_cosine;  // (N,), with the first chunk: of x_i and w_y, 0 in ignored rows; or null
   int64_t n, d, c, first_class, width, z_stride, e_stride;
   int64_t ignore_index;
   double label_smoothing;
@@ -65,14 +67,14 @@ struct Exponentials {
   using Acc = typename Storage<T>::Acc;
   using E = typename Storage<T>::E;
   const int64_t* target;    // (N,)
-  const Acc* rows;          // (5, N), of loss_rows
+  const Acc* reference;     // (N,), r of loss_rows
+  const Acc* rows;          // (5, N), of loss_rows; null: 0 in the target's column of E
   const Acc* class_weight;  // (C,), or null
   const Acc* z;             // (N, stride), width used: the logits of classes first_class on
   E* e;                     // as in LossRows; may be z
   int64_t n, first_class, width, stride;  // stride: a multiple of 16 bytes, as z and e are
   int64_t ignore_index;
   bool class_weights;  // write the last row of E
-  bool target_in_e;    // as in LossRows
 };
 
 // E of a chunk of classes once more, for backward. What is beyond width is not set.
@@ -81,16 +83,19 @@ cudaError_t launch_exponentials(const Exponentials<T>& params, cudaStream_t stre
 
 template <typename Acc>
 struct LossSum {
-  const Acc* row_loss;      // (N,); null: the divisor alone
+  const Acc* row_loss;      // (N,); null where loss is
+  const float* row_cosine;  // (N,); null where cosine is
   const int64_t* target;    // (N,)
   const Acc* class_weight;  // (C,), or null
-  Acc* loss;                // (); null where row_loss is
-  Acc* divisor;             // ()
+  Acc* loss;                // (), or null
+  Acc* divisor;             // (), or null
+  float* cosine;            // (), or null
   int64_t n, c, ignore_index;
   bool mean;
 };
 
-// Sum, or mean over the kept targets' weights, of the row losses; and what it was divided by.
+// Sum, or mean over the kept targets' weights, of the row losses; what it was divided by; and the
+// mean cosine of the kept rows, 0 where there is none.
 template <typename Acc>
 cudaError_t launch_loss_sum(const LossSum<Acc>& params, cudaStream_t stream);
 
@@ -103,7 +108,8 @@ struct BackwardRows {
   const Acc* rows;        // (5, N), of the forward pass
   const int64_t* target;  // (N,)
   const T* x;             // (N, D)
-  Acc* shares;            // (5, N): the first four rows and the constant share, times the gradient
+  Acc* shares;            // (5, N): the first four rows and the constant share, times the gradient;
+                          // null: these are what `rows` holds
   E* scaled_x;            // (N, D): scale_i x_i; null: not needed
   E* constant_x;          // (D,): sum of constant_i x_i, one more row of scaled_x; null: not needed
   int64_t* order;         // (N,): the rows sorted by target; null: not needed. N^2 comparisons.
@@ -151,6 +157,7 @@ struct MarginLogits {
   const float* lam;       // ()
   T* logits;              // (N, C): column y is overwritten
   Acc* coefficients;      // (3, N): alpha, beta, gamma
+  float* row_cosine;      // (N,): of x_i and w_y
   int64_t n, d, c;
   int margin;
 };
@@ -172,5 +179,29 @@ struct MarginLogitsBackward {
 template <typename T>
 cudaError_t launch_margin_logits_backward(const MarginLogitsBackward<T>& params,
                                           cudaStream_t stream);
+
+// Annealing, as lsoftmax/schedule.py has it: the curve, and what holds it up.
+struct UpcomingLam {
+  const int64_t* steps;  // (), taken so far
+  const float* share;    // (), the largest 1 / (1 + lam) that the angles allow
+  float* lam;            // (), of the next step
+  double base, gamma, power, minimum;
+  double least_share;  // that `share` counts for; 0: it counts for nothing
+};
+
+cudaError_t launch_upcoming_lam(const UpcomingLam& params, cudaStream_t stream);
+
+struct Anneal {
+  int64_t* steps;
+  float* lam;
+  float* share;           // (), each
+  const float* next_lam;  // (), of the step that is taken; null: none is
+  const float* cosine;    // (), the mean of a batch; null: nothing was measured
+  double keep, memory;    // of the running mean over batches
+  int margin;
+};
+
+// A training step's change of a schedule, in place.
+cudaError_t launch_anneal(const Anneal& params, cudaStream_t stream);
 
 }  // namespace lsoftmax

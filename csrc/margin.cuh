@@ -56,6 +56,11 @@ struct Products {
   double dot, xx, ww;
 };
 
+// 0 where a zero row leaves no angle.
+__host__ __device__ inline double cosine(const Products& p) {
+  return p.xx != 0 && p.ww != 0 ? p.dot / (sqrt(p.xx) * sqrt(p.ww)) : 0;
+}
+
 struct AddProducts {
   __device__ Products operator()(const Products& p, const Products& q) const {
     return {p.dot + q.dot, p.xx + q.xx, p.ww + q.ww};

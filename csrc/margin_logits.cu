@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kMaxThreads) margin_logits_kernel(MarginLogits
   p.coefficients[i] = static_cast<A>(m.alpha);
   p.coefficients[p.n + i] = static_cast<A>(m.beta);
   p.coefficients[2 * p.n + i] = static_cast<A>(m.gamma);
+  p.row_cosine[i] = static_cast<float>(cosine(sum));
 }
 
 // The matrix products see the target's logit with a slope of 1, not alpha.

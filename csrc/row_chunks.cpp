@@ -9,7 +9,7 @@
 
 namespace lsoftmax {
 
-std::tuple<Tensor, Tensor, Tensor> loss_and_gradients(
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradients(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, int64_t margin,
     const Tensor& lam, const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, int64_t row_chunk, bool need_input, bool need_weight) {
@@ -27,10 +27,11 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_gradients(
   const Tensor dx = need_input ? at::empty({n, d}, wide) : none;
   Tensor dw = none;
   if (need_weight) dw = allocate("the float32 gradient of linear_weight", {c, d}, wide);
-  const Tensor out = at::empty({}, wide), divisor = at::empty({}, wide);
-  const Tensor row_loss = at::empty({n}, wide);
+  const Rows rows = make_rows(loss, /*save=*/false);
+  const Sums sums{at::empty({}, wide), Tensor(), at::empty({}, rows.cosine.options())};
   // Of the whole batch, before the first chunk's gradients need it.
-  loss_sum(loss, mean, Tensor(), Tensor(), divisor, scope.stream);
+  const Tensor divisor = at::empty({}, wide);
+  loss_sum(loss, mean, Rows(), {Tensor(), divisor, Tensor()}, scope.stream);
   if (n == 0 && need_weight) dw.zero_();
   const Panel panel = n > 0 ? make_panel(loss, chunk, padded(c), /*keep_e=*/true) : Panel();
   const Tensor w_factor = loss.w.to(e_type(loss.x));
@@ -38,12 +39,11 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_gradients(
   for (int64_t first = 0; first < n; first += chunk) {
     const int64_t count = std::min(chunk, n - first), e_rows = loss.e_rows(count);
     const Loss part = loss.rows(first, count);
-    const Tensor rows = at::empty({5, count}, wide);
+    const Tensor saved = at::empty({5, count}, wide);
     make_logits(part, panel, 0, c);
-    loss_rows(part, terms, panel, 0, c, Tensor(), row_loss.narrow(0, first, count), rows,
-              scope.stream);
+    loss_rows(part, terms, panel, 0, c, Tensor(), rows.part(first, count, saved), scope.stream);
     const Upstream upstream =
-        backward_rows(part, Tensor(), divisor, rows, need_weight, scope.stream);
+        backward_rows(part, Tensor(), divisor, saved, need_weight, scope.stream);
     const Tensor e = corner(panel.e, e_rows, c);
     Tensor product, dx_part, dw_sum;
     if (need_input) {
@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_gradients(
     finish_gradients(part.x, part.w, part.y, upstream.of(part), product, dx_part, dw_sum, 0,
                      /*wide=*/true, scope.stream);
   }
-  loss_sum(loss, mean, row_loss, out, divisor, scope.stream);
-  return {out, dx, dw};
+  loss_sum(loss, mean, rows, sums, scope.stream);
+  return {sums.loss, dx, dw, sums.cosine};
 }
 
 }  // namespace lsoftmax

@@ -1,5 +1,5 @@
 // From the sums over a row of logits to its loss and to what backward multiplies by the upstream
-// gradient of the row. The formulas are derived in docs/design.md and lsoftmax/rows.py.
+// gradient of the row. The formulas are derived in docs/mathematics.md and lsoftmax/rows.py.
 #pragma once
 
 #include "margin.cuh"
@@ -51,7 +51,8 @@ __device__ inline RowTerms row_terms(const MarginTerms& m, const RowSums<double>
   const double r = sums.reference, e_sum = sums.e_sum;
   const double gap = log(e_sum) + r - m.f;  // L - f: loss = softplus(gap), p_y - 1 = -sigmoid(gap)
   const double softplus = gap > 0 ? gap + log1p(exp(-gap)) : log1p(exp(gap));
-  const double s = e_sum + exp(m.f - r);
+  // Without other exponentials any unit serves, and exp(f - r) may be 0: r is f, but rounded.
+  const double s = e_sum == 0 ? 1 : e_sum + exp(m.f - r);
   const double t = gap > 0 ? -1 / (1 + exp(-gap)) : -exp(gap) / (1 + exp(gap));
   if (!(q.epsilon > 0)) {
     const double g = q.w_y * t;

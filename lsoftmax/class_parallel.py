@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from .autograd import once
 from .margin import accumulate_type, namespace, vector
-from .ops import once
 from .panels import RowSums
 from .rows import NONE, reduce, row_terms, saved_rows, valid_targets
 

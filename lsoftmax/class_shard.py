@@ -22,6 +22,7 @@ def mesh_of(
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
+        TypeError: what is neither a group nor a mesh.
         ValueError: a mesh of several dimensions.
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -31,7 +32,12 @@ def mesh_of(
         )
     if not isinstance(process_group, DeviceMesh):
         group = dist.group.WORLD if process_group is None else process_group
-        return DeviceMesh.from_group(cast(dist.ProcessGroup, group), device.type)
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "process_group: expected a ProcessGroup, a DeviceMesh or None, got "
+                f"{type(process_group).__name__}"
+            )
+        return DeviceMesh.from_group(group, device.type)
     if process_group.ndim != 1:
         raise ValueError(
             f"process_group: expected a DeviceMesh of 1 dimension (mesh[name]), got one of "

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional
+from . import checks, functional
 from .margin import accumulate_type
 from .panels import TargetColumn, panels
 from .reference import psi
+from .rows import NO_INDEX, valid_targets
 
 __all__ = ["MarginStats", "collapse_warning", "margin_stats"]
 
@@ -31,11 +32,17 @@ class MarginStats(NamedTuple):
 
     Attributes:
         angle: mean angle theta between a feature and the vector of its class, degrees.
-        angle_10, angle_50, angle_90: quantiles of theta, degrees.
+        angle_10: the angle that 10% of the rows are below, degrees.
+        angle_50: the median.
+        angle_90: the angle that 90% are below.
         buckets: (m,) share of the rows with theta in [k pi / m, (k + 1) pi / m], k = 0 .. m - 1.
         satisfied: share of the rows whose own margin logit is larger than every other logit.
-        input_norm_min, input_norm, input_norm_max: |x|: smallest, mean, largest.
-        weight_norm_min, weight_norm, weight_norm_max: |w| of all classes.
+        input_norm_min: the smallest norm of a feature.
+        input_norm: the mean.
+        input_norm_max: the largest.
+        weight_norm_min: the smallest norm of a class vector, of all classes.
+        weight_norm: the mean.
+        weight_norm_max: the largest.
         zero_inputs: share of the rows that are exactly zero.
         lost_classes: number of classes whose vector is shorter than 1% of the mean, or zero.
         lam: the annealing weight.
@@ -89,18 +96,25 @@ def margin_stats(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
+        IndexError: a target outside [0, C), on a CPU.
 
     Example:
-        >>> stats = margin_stats(features, head.linear.weight, labels, head.margin, head.lam)
-        >>> log(stats.floats(), collapse_warning(stats))
+        >>> features, labels = torch.randn(32, 512), torch.randint(1000, (32,))
+        >>> linear_weight = torch.randn(1000, 512)  # of a layer: head.linear.weight
+        >>> stats = margin_stats(features, linear_weight, labels, margin=4, lam=1.0)
+        >>> stats.floats()["zero_inputs"]
+        0.0
+        >>> print(collapse_warning(stats))
+        None
     """
-    margin = functional.check_margin(margin)
+    margin = checks.check_margin(margin)
     x, w = _wide(input), _wide(linear_weight)
-    functional._check_matrices(x, w, target)
-    x, y = functional._as_batch(x, target)
+    checks.check_matrices(x, w, target)
+    x, y = functional.as_batch(x, target)
     if y.shape[0] == 0:
         raise ValueError("input: expected at least one row, got none")
-    lam = functional._lam_tensor(lam, x)
+    lam = checks.lam_tensor(lam, x)
+    y, _ = valid_targets(y, w.shape[0], NO_INDEX)
     x_norms, w_norms = (torch.linalg.vector_norm(rows, dim=1) for rows in (x, w))
     a, b = x_norms, w_norms.index_select(0, y)
     theta = _angles(x, w.index_select(0, y), a, b)
@@ -141,6 +155,8 @@ def collapse_warning(stats: MarginStats) -> str | None:
     features or class vectors, to zero in the end: a class is lost, or all of them. Reads numbers
     off the device.
     """
+    if not isinstance(stats, MarginStats):
+        raise TypeError(f"stats: expected MarginStats, got {type(stats).__name__}")
     s = stats.floats()
     if not all(math.isfinite(s[name]) for name in ("input_norm", "weight_norm")):
         fault = "features or class vectors are not finite"

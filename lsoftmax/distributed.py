@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from . import class_parallel, functional
+from . import checks, class_parallel, functional
 from .class_parallel import Options, Targets, gather_targets
 from .class_shard import ClassShard, mesh_of
 from .margin import accumulate_type
@@ -54,7 +54,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
 
     Args:
         in_features: D, the size of a feature.
-        num_classes: C.
+        num_classes: C, one row of W each.
         margin: integer m >= 1; 1 is plain softmax.
         process_group: a ``ProcessGroup``, a 1-D ``DeviceMesh`` (``mesh["name"]`` of a larger one),
             or None for all processes.
@@ -68,9 +68,10 @@ class ClassParallelLSoftmaxLoss(_Annealed):
             with nothing but NCCL waits for the device.) Every batch is padded to it.
         averaged: see above.
         device: of the module; the group must have a backend for it.
-        lam, dtype, reduction, weight, ignore_index, label_smoothing, memory_budget: as for
-            :class:`lsoftmax.LSoftmaxLoss`; ``memory_budget`` is for N x C / R, and where it is not
-            enough the loss is computed in chunks of classes. ``weight`` is whole on every process.
+        lam, dtype, reduction, ignore_index, label_smoothing: as for :class:`lsoftmax.LSoftmaxLoss`.
+        weight: (C,) class weights, whole on every process.
+        memory_budget: bytes that what is N x C / R may take; where it is not enough the loss is
+            computed in chunks of classes.
 
     Shape:
         - input: (n, D), n >= 0 and different on every process where need be
@@ -83,8 +84,13 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         IndexError: a target outside [0, C), on a CPU, on every process; on CUDA the loss is NaN.
 
     Example:
-        >>> head = ClassParallelLSoftmaxLoss(512, 10_000_000, margin=4)  # doctest: +SKIP
-        >>> head(backbone(images), labels).backward()  # doctest: +SKIP
+        With the one process that this is; ``docs/distributed.md`` has one with more.
+
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> head = ClassParallelLSoftmaxLoss(512, 1000, margin=4)
+        >>> loss = head(torch.randn(32, 512), torch.randint(1000, (32,)))
+        >>> loss.backward()
+        >>> dist.destroy_process_group()
     """
 
     weight: Tensor | None
@@ -110,11 +116,15 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
-        functional.check_loss_options(reduction, ignore_index, label_smoothing)
-        functional.check_memory_budget(memory_budget)
+        in_features = checks.positive("in_features", in_features)
+        num_classes = checks.positive("num_classes", num_classes)
+        if max_local_batch is not None:
+            max_local_batch = checks.positive("max_local_batch", max_local_batch)
+        checks.check_dtype(dtype)
+        checks.check_loss_options(reduction, ignore_index, label_smoothing)
+        checks.check_memory_budget(memory_budget)
         if weight is not None:
-            functional.check_class_weight(weight, num_classes)
-        _check_sizes(in_features, num_classes, max_local_batch)
+            checks.check_class_weight(weight, num_classes)
         _check_sampling(sample_rate, label_smoothing)
         where = torch.empty(0, device=device).device
         mesh = mesh_of(process_group, where)
@@ -136,7 +146,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
     @torch.compiler.disable
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss; a training forward with gradients enabled advances the schedule by one step."""
-        x, w = functional._autocast(input, self.linear.local())
+        x, w = functional.autocast(input, self.linear.local())
         self._check(x, w, target)
         size, needs_grad = self._agree(x)
         group, classes = self.process_group, self.linear.classes
@@ -158,23 +168,26 @@ class ClassParallelLSoftmaxLoss(_Annealed):
             needs_grad=save,
             memory_budget=self.memory_budget,
         )
-        lam = self._upcoming_lam()
+        lam, trains = self._begin_forward()
         options = Options(
             group=group,
             size=size,
             num_classes=self.num_classes,
             margin=self.margin,
-            reduction=functional._REDUCTIONS[self.reduction],
+            reduction=checks.REDUCTIONS[self.reduction],
             ignore_index=self.ignore_index,
             label_smoothing=float(self.label_smoothing),
             class_chunk=chosen.class_chunk,
             save=save,
             need_input=needs_grad,
             input_factor=float(group.size()) if self.averaged else 1.0,
-            measure=self.schedule.keep is not None and self._is_training(),
+            measure=trains and self.schedule.keep is not None,
         )
         loss, cosine = class_parallel.loss(x, w, targets, lam, weight, smoothing, options)
-        self._end_step(lam, cosine)
+        if trains:  # not before the loss was computed: a forward that raised is no training step
+            self.schedule.end_step(lam, cosine.float(), self.margin)
+            if self.sampling is not None:
+                self.sampling.advance()
         if self.reduction == "none":
             start = group.rank() * size
             return loss[start : start + target.shape[0]]
@@ -182,7 +195,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
 
     def _check(self, x: Tensor, w: Tensor, target: Tensor) -> None:
         whole = w.new_empty(()).expand(self.num_classes, self.in_features)
-        functional._check_matrices(x, whole, target)
+        checks.check_matrices(x, whole, target)
         if x.dim() != 2:
             raise ValueError(f"input: expected shape (n, D), got {tuple(x.shape)}")
         if self.max_local_batch is not None and x.shape[0] > self.max_local_batch:
@@ -209,15 +222,6 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         place = chosen.new_full((w.shape[0] + 1,), -1)  # the last: of what is not here, -1
         place[chosen] = torch.arange(chosen.shape[0], device=chosen.device)
         return w.index_select(0, chosen), targets._replace(here=place[targets.here])
-
-    def _end_step(self, lam: Tensor, cosine: Tensor) -> None:
-        """Only after the loss was computed: a forward that raised is no training step."""
-        if self._advances():
-            self.schedule.commit(lam)
-        if self._is_training():
-            self.schedule.observe(cosine, self.margin)
-            if self.sampling is not None:
-                self.sampling.advance()
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""
@@ -261,17 +265,6 @@ def clip_grad_norm_(
     return total
 
 
-def _check_sizes(in_features: int, num_classes: int, max_local_batch: int | None) -> None:
-    sizes = {"in_features": in_features, "num_classes": num_classes}
-    if max_local_batch is not None:
-        sizes["max_local_batch"] = max_local_batch
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an integer >= 1, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {size}")
-
-
 def _check_sampling(sample_rate: float, label_smoothing: float) -> None:
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
         raise TypeError(
@@ -280,4 +273,7 @@ def _check_sampling(sample_rate: float, label_smoothing: float) -> None:
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate}")
     if sample_rate < 1 and label_smoothing > 0:
-        raise ValueError("label_smoothing: expected 0 with sample_rate < 1: it needs all logits")
+        raise ValueError(
+            "label_smoothing: expected 0 with sample_rate < 1, for it needs all logits, got "
+            f"{label_smoothing}"
+        )

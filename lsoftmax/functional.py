@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import operator
-
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import autograd, reference
+from .checks import (
+    REDUCTIONS,
+    check_class_weight,
+    check_dense,
+    check_device,
+    check_features,
+    check_loss_options,
+    check_margin,
+    check_matrices,
+    check_memory_budget,
+    is_transformed,
+    kind,
+    lam_tensor,
+)
 from .margin import accumulate_type
 from .plan import Plan, choose
-from .rows import MEAN, NONE, SUM
 
 __all__ = ["lsoftmax_linear", "lsoftmax_loss", "plan", "psi"]
-
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 
 def psi(cos_theta: Tensor, margin: int) -> Tensor:
@@ -33,10 +40,11 @@ def psi(cos_theta: Tensor, margin: int) -> Tensor:
 
     Raises:
         TypeError: ``cos_theta`` is no floating-point tensor, or ``margin`` is no integer.
-        ValueError: ``margin`` < 1.
+        ValueError: ``margin`` < 1, or > 1000.
     """
     if not isinstance(cos_theta, Tensor) or not cos_theta.is_floating_point():
-        raise TypeError(f"cos_theta: expected a floating-point tensor, got {_kind(cos_theta)}")
+        raise TypeError(f"cos_theta: expected a floating-point tensor, got {kind(cos_theta)}")
+    check_dense("cos_theta", cos_theta)
     return reference.psi(cos_theta, check_margin(margin))
 
 
@@ -90,30 +98,69 @@ def lsoftmax_loss(
         IndexError: a target outside [0, C), on a CPU; on CUDA the device asserts, as it does for
             :func:`torch.nn.functional.cross_entropy`.
     """
-    input, linear_weight = _autocast(input, linear_weight)
-    _check_matrices(input, linear_weight, target)
-    margin, lam = check_margin(margin), _lam_tensor(lam, input)
+    return loss_and_cosine(
+        input,
+        linear_weight,
+        target,
+        margin,
+        lam,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        memory_budget=memory_budget,
+    )[0]
+
+
+def loss_and_cosine(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    margin: int,
+    lam: float | Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    memory_budget: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`lsoftmax_loss`, and what annealing by angle goes by: the mean cosine between the kept
+    rows and their class vectors, 0-dim float32, 0 without any, no gradient.
+    """
+    input, linear_weight = autocast(input, linear_weight)
+    check_matrices(input, linear_weight, target)
+    margin, lam = check_margin(margin), lam_tensor(lam, input)
     check_loss_options(reduction, ignore_index, label_smoothing)
     check_memory_budget(memory_budget)
     if weight is not None:
         check_class_weight(weight, linear_weight.shape[0])
-        _check_device("weight", weight, input)
+        check_device("weight", weight, input)
         weight = weight.to(accumulate_type(input.dtype)).contiguous()
+    if is_transformed():
+        loss = reference.lsoftmax_loss(
+            *(input, linear_weight, target, margin, lam),
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        return loss, _unmeasured(input)
 
-    rows, targets = _as_batch(input, target)
-    loss = ops.loss(
+    rows, targets = as_batch(input, target)
+    loss, cosine = autograd.loss(
         rows,
         linear_weight,
         targets,
         margin,
         lam,
         weight,
-        _REDUCTIONS[reduction],
+        REDUCTIONS[reduction],
         ignore_index,
         float(label_smoothing),
         _plan(rows, linear_weight, reduction, memory_budget),
     )
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    return loss.reshape(target.shape) if reduction == "none" else loss, cosine
 
 
 def plan(
@@ -131,8 +178,14 @@ def plan(
         ``class_chunk``: classes a chunk, with the exponentials made again in backward (8 N C D
         flops in all). ``row_chunk``: rows a chunk, with the gradients formed in forward (6 N C D).
         Both 0: the N x C exponentials are kept (6 N C D). ``bytes``: what that takes.
+
+    Raises:
+        TypeError, ValueError: as :func:`lsoftmax_loss`.
     """
-    input, linear_weight = _autocast(input, linear_weight)
+    input, linear_weight = autocast(input, linear_weight)
+    check_features(input, linear_weight)
+    check_loss_options(reduction)
+    check_memory_budget(memory_budget)
     return _plan(input.reshape(-1, input.shape[-1]), linear_weight, reduction, memory_budget)
 
 
@@ -174,67 +227,25 @@ def lsoftmax_linear(
     Raises:
         TypeError, ValueError, IndexError: as :func:`lsoftmax_loss`.
     """
-    input, linear_weight = _autocast(input, linear_weight)
-    _check_matrices(input, linear_weight, target)
-    margin, lam = check_margin(margin), _lam_tensor(lam, input)
-    rows, targets = _as_batch(input, target)
-    logits = ops.linear(rows, linear_weight, targets, margin, lam)
-    return logits.reshape(*target.shape, linear_weight.shape[0])
+    return logits_and_cosine(input, linear_weight, target, margin, lam)[0]
 
 
-def check_margin(margin: int) -> int:
-    """The margin as an int; TypeError or ValueError where it is none or < 1."""
-    if isinstance(margin, bool) or not hasattr(margin, "__index__"):
-        raise TypeError(f"margin: expected an integer >= 1, got {_kind(margin)} ({margin!r})")
-    if operator.index(margin) < 1:
-        raise ValueError(f"margin: expected an integer >= 1, got {margin}")
-    return operator.index(margin)
+def logits_and_cosine(
+    input: Tensor, linear_weight: Tensor, target: Tensor, margin: int, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`lsoftmax_linear`, and the mean cosine, as of :func:`loss_and_cosine`."""
+    input, linear_weight = autocast(input, linear_weight)
+    check_matrices(input, linear_weight, target)
+    margin, lam = check_margin(margin), lam_tensor(lam, input)
+    if is_transformed():
+        logits = reference.lsoftmax_linear(input, linear_weight, target, margin, lam)
+        return logits, _unmeasured(input)
+    rows, targets = as_batch(input, target)
+    logits, cosine = autograd.linear(rows, linear_weight, targets, margin, lam)
+    return logits.reshape(*target.shape, linear_weight.shape[0]), cosine
 
 
-def check_lam(lam: float) -> float:
-    """A constant lam as a float; TypeError or ValueError unless it is finite and >= 0."""
-    if isinstance(lam, bool) or not isinstance(lam, (int, float)):
-        raise TypeError(f"lam: expected a number >= 0, got {_kind(lam)}")
-    if not (math.isfinite(lam) and lam >= 0):
-        raise ValueError(f"lam: expected a finite number >= 0, got {lam}")
-    return float(lam)
-
-
-def check_loss_options(reduction: str, ignore_index: int, label_smoothing: float) -> None:
-    """TypeError or ValueError unless these are what F.cross_entropy takes."""
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {list(_REDUCTIONS)}, got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an integer, got {_kind(ignore_index)}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(
-            f"label_smoothing: expected a number in [0, 1], got {_kind(label_smoothing)}"
-        )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-
-
-def check_memory_budget(memory_budget: int | None) -> None:
-    """TypeError or ValueError unless it is None or a number of bytes."""
-    if memory_budget is None:
-        return
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(f"memory_budget: expected bytes or None, got {_kind(memory_budget)}")
-    if memory_budget < 1:
-        raise ValueError(f"memory_budget: expected a positive number of bytes, got {memory_budget}")
-
-
-def check_class_weight(weight: Tensor, num_classes: int) -> None:
-    """TypeError or ValueError unless ``weight`` is a (C,) floating-point tensor."""
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight: expected a floating-point tensor or None, got {_kind(weight)}")
-    if weight.shape != (num_classes,):
-        raise ValueError(
-            f"weight: expected one per class, shape ({num_classes},), got {tuple(weight.shape)}"
-        )
-
-
-def _autocast(input: Tensor, linear_weight: Tensor) -> tuple[Tensor, Tensor]:
+def autocast(input: Tensor, linear_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast, what F.linear would multiply; differentiable casts, so gradients go back."""
     if not (isinstance(input, Tensor) and isinstance(linear_weight, Tensor)):
         return input, linear_weight
@@ -248,62 +259,13 @@ def _autocast(input: Tensor, linear_weight: Tensor) -> tuple[Tensor, Tensor]:
     return input.to(dtype), linear_weight.to(dtype)
 
 
-def _check_matrices(input: Tensor, linear_weight: Tensor, target: Tensor) -> None:
-    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}")
-    if input.dtype not in _FLOATS:
-        raise TypeError(
-            f"input: expected float32, float64, float16 or bfloat16, got {_kind(input)}"
-        )
-    if linear_weight.dtype != input.dtype:
-        raise TypeError(
-            f"linear_weight: expected the type of input ({input.dtype}), got {linear_weight.dtype}"
-        )
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: expected int64 class indices, got {_kind(target)}")
-    if input.dim() not in (1, 2):
-        raise ValueError(f"input: expected shape (N, D) or (D,), got {tuple(input.shape)}")
-    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0:
-        raise ValueError(
-            f"linear_weight: expected shape (C, D) with C >= 1, got {tuple(linear_weight.shape)}"
-        )
-    if linear_weight.shape[1] != input.shape[-1]:
-        raise ValueError(
-            f"linear_weight: expected (C, {input.shape[-1]}) for input {tuple(input.shape)}, "
-            f"got {tuple(linear_weight.shape)}"
-        )
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target: expected shape {tuple(input.shape[:-1])} for input {tuple(input.shape)}, "
-            f"got {tuple(target.shape)}"
-        )
-    _check_device("linear_weight", linear_weight, input)
-    _check_device("target", target, input)
+def _unmeasured(input: Tensor) -> Tensor:
+    """The mean cosine under a transform, where nothing can anneal: it would change itself."""
+    return torch.zeros((), device=input.device)
 
 
-def _as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A row alone as a batch of one."""
     if input.dim() == 2:
         return input, target
     return input.unsqueeze(0), target.unsqueeze(0)
-
-
-def _lam_tensor(lam: float | Tensor, input: Tensor) -> Tensor:
-    """lam as the 0-dim float32 tensor that the kernels read on the device."""
-    if not isinstance(lam, Tensor):
-        return torch.full((), check_lam(lam), dtype=torch.float32, device=input.device)
-    if lam.dim() != 0 or not lam.is_floating_point():
-        raise TypeError(f"lam: expected a number or a 0-dim float tensor, got {_kind(lam)}")
-    _check_device("lam", lam, input)
-    return lam.detach().to(torch.float32)
-
-
-def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.device != input.device:
-        raise ValueError(f"{name}: expected on {input.device} like input, got {tensor.device}")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return type(value).__name__

@@ -113,11 +113,11 @@ def margin_terms(
     margin: int,
     lam: Tensor,
     plain: Tensor | None = None,
-) -> tuple[Vector, Vector, Vector, Vector]:
-    """f, alpha, beta, gamma: df/dx = alpha w_y + beta x, df/dw_y = alpha x + gamma w_y.
+) -> tuple[Vector, Vector, Vector, Vector, Vector]:
+    """f, alpha, beta, gamma, cos: df/dx = alpha w_y + beta x, df/dw_y = alpha x + gamma w_y.
 
     ``plain`` (N,) is x_i . w_y where it is at hand in float32 or better. A zero row has no angle:
-    the plain logit, whose gradient lets it leave zero.
+    the plain logit, whose gradient lets it leave zero, and a cosine of 0.
     """
     xp = namespace(input)
     # On a CPU, looking for rows that need care is cheaper than the care; on a GPU it would stop
@@ -147,7 +147,7 @@ def margin_terms(
         c = _near_cosines(input, linear_weight, target, a, b, dtype)
 
     p, dp = psi_and_derivative(c, margin)
-    weight = lam.item() if xp is np else lam.double()
+    weight = np.float64(lam.item()) if xp is np else lam.double()
     share = 1.0 / (1.0 + weight)
     f = s * (p + weight * c) * share
     alpha = (dp + weight) * share
@@ -155,6 +155,6 @@ def margin_terms(
     ratio = b / a
     beta, gamma = q * ratio, q / ratio
     if low == 0:
-        f, beta, gamma = (xp.where(undefined, 0.0, value) for value in (f, beta, gamma))
+        f, beta, gamma, c = (xp.where(undefined, 0.0, value) for value in (f, beta, gamma, c))
         alpha = xp.where(undefined, 1.0, alpha)
-    return f, alpha, beta, gamma
+    return f, alpha, beta, gamma, c

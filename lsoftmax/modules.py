@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from . import functional
+from . import checks, functional
 from .schedule import LambdaSchedule
 
 __all__ = ["LSoftmaxLinear", "LSoftmaxLoss"]
@@ -28,11 +27,11 @@ class _Annealed(nn.Module):
     def _init_margin(
         self, margin: int, lam: LambdaSchedule | float | None, device: torch.device
     ) -> None:
-        self.margin = functional.check_margin(margin)
+        self.margin = checks.check_margin(margin)
         if lam is None:
             lam = default_schedule()
         elif not isinstance(lam, LambdaSchedule):
-            lam = LambdaSchedule.constant(functional.check_lam(lam))
+            lam = LambdaSchedule.constant(checks.check_number("lam", lam))
         self.schedule = lam.to(device=device)
 
     @property
@@ -40,44 +39,26 @@ class _Annealed(nn.Module):
         """The current annealing weight, a 0-dim float32 tensor on the layer's device."""
         return self.schedule.lam
 
-    def _upcoming_lam(self) -> Tensor:
-        """lam for the forward that begins."""
-        return self.schedule.upcoming() if self._advances() else self.lam
+    def _begin_forward(self) -> tuple[Tensor, bool]:
+        """lam for the forward that begins, and whether it is a training step.
 
-    def _end_forward(
-        self,
-        lam: Tensor,
-        input: Tensor,
-        linear_weight: Tensor,
-        target: Tensor,
-        ignore_index: int | None = None,
-    ) -> None:
-        """Only after the function has returned: a forward that raised is no training step."""
-        if self._advances():
-            self.schedule.commit(lam)
-        if self.schedule.keep is not None and self._is_training():
-            cosine = _mean_cosine(input, linear_weight, target, ignore_index)
-            self.schedule.observe(cosine, self.margin)
-
-    def _advances(self) -> bool:
-        schedule = self.schedule
-        return schedule.auto_step and not schedule.is_constant and self._is_training()
+        If so, ``schedule.end_step`` is due once the loss is there: a forward that raised is none.
+        """
+        schedule, trains = self.schedule, self._is_training()
+        return schedule.begin_step() if trains else schedule.lam, trains
 
     def _is_training(self) -> bool:
-        return self.training and torch.is_grad_enabled()
+        return self.training and torch.is_grad_enabled() and not _recomputes()
 
 
-@torch.no_grad()
-def _mean_cosine(
-    input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None
-) -> Tensor:
-    """Between each feature and its class vector, mean over the kept rows: 0-dim; 0 if none is."""
-    if ignore_index is None:
-        return F.cosine_similarity(input.float(), linear_weight[target].float(), dim=-1).mean()
-    kept = target != ignore_index
-    own = linear_weight[torch.where(kept, target, 0)]
-    cosine = F.cosine_similarity(input.float(), own.float(), dim=-1)
-    return torch.where(kept, cosine, 0).sum() / kept.sum().clamp(min=1)
+def _recomputes() -> bool:
+    """Whether this forward is run again in backward, by ``torch.utils.checkpoint``: a step that was
+    counted when it ran first. With ``use_reentrant=True`` it was not, for there the first run has
+    gradients disabled; only the other kind recomputes under hooks for saved tensors.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class LSoftmaxLoss(_Annealed):
@@ -93,7 +74,7 @@ class LSoftmaxLoss(_Annealed):
 
     Args:
         in_features: D, the size of a feature.
-        num_classes: C.
+        num_classes: C, one row of ``linear.weight`` each.
         margin: integer m >= 1; 1 is plain softmax.
         lam: annealing: a :class:`LambdaSchedule` (which then belongs to this layer), a constant
             >= 0, or None for :meth:`LambdaSchedule.by_angle`. Where the number of training steps
@@ -136,10 +117,13 @@ class LSoftmaxLoss(_Annealed):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
-        functional.check_loss_options(reduction, ignore_index, label_smoothing)
-        functional.check_memory_budget(memory_budget)
+        in_features = checks.positive("in_features", in_features)
+        num_classes = checks.positive("num_classes", num_classes)
+        checks.check_dtype(dtype)
+        checks.check_loss_options(reduction, ignore_index, label_smoothing)
+        checks.check_memory_budget(memory_budget)
         if weight is not None:
-            functional.check_class_weight(weight, num_classes)
+            checks.check_class_weight(weight, num_classes)
         self.linear = nn.Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
         self._init_margin(margin, lam, self.linear.weight.device)
         if weight is not None:
@@ -152,8 +136,8 @@ class LSoftmaxLoss(_Annealed):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss; a training forward with gradients enabled advances the schedule by one step."""
-        lam = self._upcoming_lam()
-        loss = functional.lsoftmax_loss(
+        lam, trains = self._begin_forward()
+        loss, cosine = functional.loss_and_cosine(
             input,
             self.linear.weight,
             target,
@@ -165,7 +149,8 @@ class LSoftmaxLoss(_Annealed):
             label_smoothing=self.label_smoothing,
             memory_budget=self.memory_budget,
         )
-        self._end_forward(lam, input, self.linear.weight, target, self.ignore_index)
+        if trains:
+            self.schedule.end_step(lam, cosine, self.margin)
         return loss
 
     def extra_repr(self) -> str:
@@ -183,7 +168,7 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
     LSoftmaxLinear layers, and for ``nn.Linear``, whose checkpoints load as they are.
 
     Args:
-        in_features: D.
+        in_features: D, the size of a feature.
         out_features: C, one row of ``weight`` per class.
         margin: integer m >= 1.
         lam: as in :class:`LSoftmaxLoss`.
@@ -208,6 +193,9 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        in_features = checks.positive("in_features", in_features)
+        out_features = checks.positive("out_features", out_features)
+        checks.check_dtype(dtype)
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self._init_margin(margin, lam, self.weight.device)
 
@@ -215,9 +203,10 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
         """Margin logits with a target (a training forward advances the schedule), else plain."""
         if target is None:
             return super().forward(input)
-        lam = self._upcoming_lam()
-        logits = functional.lsoftmax_linear(input, self.weight, target, self.margin, lam)
-        self._end_forward(lam, input, self.weight, target)
+        lam, trains = self._begin_forward()
+        logits, cosine = functional.logits_and_cosine(input, self.weight, target, self.margin, lam)
+        if trains:
+            self.schedule.end_step(lam, cosine, self.margin)
         return logits
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The dispatcher's side: op schemas, their portable implementation, shapes for tracing, autograd.
+"""The dispatcher's side: op schemas, their portable implementation, shapes for tracing.
 
 The dispatcher is the fallback. Every op has its plain-torch implementation (``portable``,
 ``portable_linear``) on every device; the compiled extension, where it is loaded, registers a CUDA
@@ -11,19 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import _extension, portable, portable_linear
+from . import _extension, portable, portable_linear, portable_schedule
 from .margin import accumulate_type
-from .plan import Plan, free_memory
+from .plan import free_memory
 from .rows import NONE
 
 library = torch.library.Library("lsoftmax", "DEF")
 library.define(
     "loss_fwd(Tensor input, Tensor linear_weight, Tensor target, int margin, Tensor lam, "
     "Tensor? weight, int reduction, int ignore_index, float label_smoothing, bool save, "
-    "int class_chunk) -> (Tensor loss, Tensor e, Tensor rows, Tensor divisor)"
+    "int class_chunk) -> (Tensor loss, Tensor e, Tensor rows, Tensor divisor, Tensor cosine)"
 )
 library.define(
     "loss_bwd(Tensor grad, Tensor input, Tensor linear_weight, Tensor target, Tensor? weight, "
@@ -33,15 +34,24 @@ library.define(
 library.define(
     "loss_and_gradients(Tensor input, Tensor linear_weight, Tensor target, int margin, Tensor lam, "
     "Tensor? weight, int reduction, int ignore_index, float label_smoothing, int row_chunk, "
-    "bool need_input, bool need_weight) -> (Tensor loss, Tensor grad_input, Tensor grad_weight)"
+    "bool need_input, bool need_weight) "
+    "-> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor cosine)"
 )
 library.define(
     "linear_fwd(Tensor input, Tensor linear_weight, Tensor target, int margin, Tensor lam) "
-    "-> (Tensor logits, Tensor coefficients)"
+    "-> (Tensor logits, Tensor coefficients, Tensor cosine)"
 )
 library.define(
     "linear_bwd(Tensor grad, Tensor input, Tensor linear_weight, Tensor target, "
     "Tensor coefficients, bool need_input, bool need_weight) -> (Tensor, Tensor)"
+)
+library.define(
+    "upcoming_lam(Tensor steps, Tensor share, float base, float gamma, float power, float minimum, "
+    "float least_share) -> Tensor"
+)
+library.define(
+    "anneal_(Tensor(a!) steps, Tensor(b!) lam, Tensor(c!) share, Tensor? next_lam, Tensor? cosine, "
+    "int margin, float keep, float memory) -> ()"
 )
 
 
@@ -55,7 +65,7 @@ def register_portable(name: str, function: Callable[..., Any]) -> None:
             _extension.warn_once_no_kernels()
         # The gradient's formula is one level up, and the caller has chosen the types.
         try:
-            with torch.no_grad():
+            with torch.no_grad(), np.errstate(all="ignore"):  # NaN is no cause for words in torch
                 if not torch.is_autocast_enabled(device):
                     return function(*args)
                 with torch.autocast(device, enabled=False):
@@ -88,6 +98,8 @@ register_portable("loss_bwd", portable.loss_bwd)
 register_portable("loss_and_gradients", portable.loss_and_gradients)
 register_portable("linear_fwd", portable_linear.linear_fwd)
 register_portable("linear_bwd", portable_linear.linear_bwd)
+library.impl("upcoming_lam", portable_schedule.upcoming_lam, "CompositeExplicitAutograd")
+library.impl("anneal_", portable_schedule.anneal_, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lsoftmax::loss_fwd", lib=library)
@@ -103,7 +115,7 @@ def _loss_fwd_fake(
     label_smoothing: float,
     save: bool,
     class_chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = input.shape[0]
     dtype = accumulate_type(input.dtype)
     e_shape, e_dtype = portable.e_storage(input, linear_weight.shape[0], label_smoothing)
@@ -112,6 +124,7 @@ def _loss_fwd_fake(
         input.new_empty(e_shape if save and class_chunk == 0 else [0], dtype=e_dtype),
         input.new_empty([5, n] if save else [0], dtype=dtype),
         input.new_empty([], dtype=dtype),
+        input.new_empty([], dtype=torch.float32),
     )
 
 
@@ -148,20 +161,22 @@ def _loss_and_gradients_fake(
     row_chunk: int,
     need_input: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_type(input.dtype)
     dx, dw = _gradients_fake(input, linear_weight, need_input, need_weight)
-    return input.new_empty([], dtype=dtype), dx.to(dtype), dw.to(dtype)
+    loss, cosine = input.new_empty([], dtype=dtype), input.new_empty([], dtype=torch.float32)
+    return loss, dx.to(dtype), dw.to(dtype), cosine
 
 
 @torch.library.register_fake("lsoftmax::linear_fwd", lib=library)
 def _linear_fwd_fake(
     input: Tensor, linear_weight: Tensor, target: Tensor, margin: int, lam: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     n = input.shape[0]
     return (
         input.new_empty([n, linear_weight.shape[0]]),
         input.new_empty([3, n], dtype=accumulate_type(input.dtype)),
+        input.new_empty([], dtype=torch.float32),
     )
 
 
@@ -187,110 +202,11 @@ def _gradients_fake(
     )
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError(
-            "lsoftmax.functional is differentiable once; lsoftmax.reference, with the same "
-            "signatures, is differentiable twice"
-        )
+@torch.library.register_fake("lsoftmax::upcoming_lam", lib=library)
+def _upcoming_lam_fake(steps: Tensor, share: Tensor, *curve: float) -> Tensor:
+    return torch.empty_like(share)
 
 
-def once(gradient: Tensor, *sources: Tensor) -> Tensor:
-    """Says that a gradient has no gradient, where it would silently count as a constant."""
-    return _Once.apply(gradient, *sources)
-
-
-def _gradients(ctx: Any, dx: Tensor, dw: Tensor, input: Tensor, linear_weight: Tensor) -> Any:
-    """What backward returns: None for what was not asked for, and no second derivatives."""
-    need_input, need_weight, *rest = ctx.needs_input_grad
-    if torch.is_grad_enabled():  # create_graph=True
-        dx, dw = (once(gradient, input, linear_weight) for gradient in (dx, dw))
-    return dx if need_input else None, dw if need_weight else None, *[None] * len(rest)
-
-
-class _Loss(torch.autograd.Function):
-    """loss_fwd with loss_bwd as its gradient. Saves only what it made, and changes none of it."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        input, linear_weight, target, _, _, weight, *_ = args
-        *_, ctx.ignore_index, ctx.label_smoothing, _save, ctx.class_chunk = args
-        loss, e, rows, divisor = torch.ops.lsoftmax.loss_fwd(*args)
-        ctx.save_for_backward(input, linear_weight, target, weight, e, rows, divisor)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        options = (ctx.ignore_index, ctx.label_smoothing, ctx.class_chunk)
-        needed = ctx.needs_input_grad[:2]
-        dx, dw = torch.ops.lsoftmax.loss_bwd(grad, *saved, *options, *needed)
-        return _gradients(ctx, dx, dw, *saved[:2])
-
-
-class _LossAndGradients(torch.autograd.Function):
-    """loss_and_gradients: backward only scales what forward has formed, and keeps it as it was."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        needed = ctx.needs_input_grad[:2]
-        loss, dx, dw = torch.ops.lsoftmax.loss_and_gradients(*args, *needed)
-        ctx.save_for_backward(*args[:2], dx, dw)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, linear_weight, dx, dw = ctx.saved_tensors
-        dx, dw = (dx * grad).to(input.dtype), (dw * grad).to(linear_weight.dtype)
-        return _gradients(ctx, dx, dw, input, linear_weight)
-
-
-class _Linear(torch.autograd.Function):
-    """linear_fwd with linear_bwd as its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        logits, coefficients = torch.ops.lsoftmax.linear_fwd(*args)
-        ctx.save_for_backward(*args[:3], coefficients)
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors
-        dx, dw = torch.ops.lsoftmax.linear_bwd(grad, *saved, *needed)
-        return _gradients(ctx, dx, dw, *saved[:2])
-
-
-def loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    margin: int,
-    lam: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    plan: Plan,
-) -> Tensor:
-    """The fused loss of checked arguments, differentiable once in the two matrices."""
-    args = (input, linear_weight, target, margin, lam, weight, reduction, ignore_index)
-    if not (torch.is_grad_enabled() and (input.requires_grad or linear_weight.requires_grad)):
-        options = (label_smoothing, False, plan.class_chunk)
-        return torch.ops.lsoftmax.loss_fwd(*args, *options)[0]
-    if plan.row_chunk:
-        return _LossAndGradients.apply(*args, label_smoothing, plan.row_chunk)
-    return _Loss.apply(*args, label_smoothing, True, plan.class_chunk)
-
-
-def linear(
-    input: Tensor, linear_weight: Tensor, target: Tensor, margin: int, lam: Tensor
-) -> Tensor:
-    """The margin logits of checked arguments, differentiable once in the two matrices."""
-    return _Linear.apply(input, linear_weight, target, margin, lam)
+@torch.library.register_fake("lsoftmax::anneal_", lib=library)
+def _anneal_fake(steps: Tensor, lam: Tensor, share: Tensor, *rest: Any) -> None:
+    pass

@@ -36,7 +36,7 @@ def _shard_fwd_fake(
     save: bool,
     class_chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    shape, dtype = portable.e_storage(input, linear_weight.shape[0], 0.0)
+    shape, dtype = portable.e_storage(input, linear_weight.shape[0], smoothing is not None)
     return (
         input.new_empty(shape if save and class_chunk == 0 else [0], dtype=dtype),
         input.new_empty([7, input.shape[0]], dtype=torch.float64),

@@ -33,7 +33,15 @@ def name_of(margin: int) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG, whole or not at all.
+
+    Args:
+        figure: of matplotlib.
+        path: the file, which is replaced where it exists.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -74,7 +82,7 @@ def draw_loss(norms: float = 8.0) -> Figure:
     """The loss of a feature turning from its class past another, at 90 degrees, and on.
 
     Args:
-        norms: |x||w|.
+        norms: of the feature times that of the class vector.
     """
     figure, (by_margin, by_lam) = _panels(1, 2, (4.4, 3.5))
     theta = torch.linspace(0, math.pi, 721, dtype=torch.float64)
@@ -129,6 +137,9 @@ def draw_boundary(margins: Sequence[int] = (1, 2, 4)) -> Figure:
 
     Both classes' regions as training sees them, each from its own margin logit; between them lies
     the margin, where neither is satisfied. Dashed: where plain logits decide, as inference does.
+
+    Args:
+        margins: integers m >= 1, a row of pictures each.
     """
     lengths = {"|W₁| = |W₂|": (1.0, 1.0), "|W₁| > |W₂|": (1.25, 0.75), "|W₁| < |W₂|": (0.75, 1.25)}
     figure, panels = _panels(len(margins), len(lengths), (2.9, 2.9))
@@ -161,7 +172,13 @@ def draw_boundary(margins: Sequence[int] = (1, 2, 4)) -> Figure:
 
 
 class Features(NamedTuple):
-    """What a picture of features shows: ``features`` (N, 2), ``class_vectors`` (10, 2), a title."""
+    """What a picture of features shows.
+
+    Attributes:
+        features: (N, 2).
+        class_vectors: (10, 2).
+        title: above the picture.
+    """
 
     features: Tensor
     class_vectors: Tensor
@@ -169,7 +186,12 @@ class Features(NamedTuple):
 
 
 def draw_features(panels: Sequence[Features], labels: Iterable[int]) -> Figure:
-    """Features in the plane, a colour a class, class vectors as rays with the class at the end."""
+    """Features in the plane, a colour a class, class vectors as rays with the class at the end.
+
+    Args:
+        panels: a picture each, all of the same N rows.
+        labels: N classes in 0 .. 9.
+    """
     figure, all_axes = _panels(1, len(panels), (3.6, 4.3))
     colours = [DIGITS[label] for label in labels]
     for axes, (features, class_vectors, title) in zip(all_axes, panels, strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor
 from .margin import Vector, accumulate_type, column_of, margin_terms, namespace
 from .panels import exponentials
 from .products import Backward, products, recomputed
-from .rows import divisor_of, reduce, row_terms, saved_rows, valid_targets
+from .rows import divisor_of, mean_cosine, reduce, row_terms, saved_rows, valid_targets
 
 
 def e_storage(
@@ -51,8 +51,9 @@ def loss_fwd(
     label_smoothing: float,
     save: bool,
     class_chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss; for backward (where ``save``) E and five numbers a row; the mean's divisor.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss; for backward (where ``save``) E and five numbers a row; the mean's divisor; the
+    mean cosine between the kept rows and their class vectors.
 
     With a ``class_chunk`` other than 0 there is no E.
     """
@@ -66,7 +67,7 @@ def loss_fwd(
         e.zero_()  # the padding
     if keep_e and label_smoothing > 0:
         e[n, :num_classes] = 1.0 if weight is None else weight
-    row_loss, rows = _rows_of(
+    row_loss, rows, cosines = _rows_of(
         input,
         linear_weight,
         index,
@@ -80,7 +81,7 @@ def loss_fwd(
         class_chunk,
     )
     loss, divisor = reduce(row_loss, index, kept, weight, reduction, dtype)
-    return loss, e, rows, divisor
+    return loss, e, rows, divisor, mean_cosine(cosines, kept)
 
 
 def _rows_of(
@@ -95,23 +96,23 @@ def _rows_of(
     e: Tensor | None,
     save: bool,
     class_chunk: int = 0,
-) -> tuple[Vector, Tensor]:
-    """Each row's loss, and what is saved of it; fills E (N, C) where given."""
+) -> tuple[Vector, Tensor, Vector]:
+    """Each row's loss, what is saved of it, and its cosine; fills E (N, C) where given."""
     smooth = label_smoothing > 0
     sums = exponentials(input, linear_weight, index, e, weight, smooth, class_chunk)
-    margins = margin_terms(input, linear_weight, index, margin, lam, sums.plain)
+    *margins, cosines = margin_terms(input, linear_weight, index, margin, lam, sums.plain)
     sums.raise_reference(margins[0], e)
     terms = row_terms(margins, sums, index, linear_weight.shape[0], weight, label_smoothing)
     dtype = sums.plain.dtype
     if not save:
-        return terms.loss, input.new_empty(0, dtype=dtype)
+        return terms.loss, input.new_empty(0, dtype=dtype), cosines
     if e is not None and e.dtype == dtype:  # the target's part, in units of the row's scale
         xp = namespace(input)
         e_y = terms.target_share / xp.where(terms.scale == 0, 1.0, terms.scale)
         e.scatter_(1, index.unsqueeze(1), column_of(e_y, dtype))
     if e is not None and kept is not None:
         e.masked_fill_(~kept.unsqueeze(1), 0.0)  # may be NaN, and 0 * NaN is not 0
-    return terms.loss, saved_rows(terms, sums.reference, kept, dtype)
+    return terms.loss, saved_rows(terms, sums.reference, kept, dtype), cosines
 
 
 def _backward_of(
@@ -185,21 +186,21 @@ def loss_and_gradients(
     row_chunk: int,
     need_input: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, a sum or a mean, and its gradients in the type of the logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, a sum or a mean; its gradients in the type of the logits; the mean cosine."""
     n, num_classes = input.shape[0], linear_weight.shape[0]
     dtype = accumulate_type(input.dtype)
     index, kept = valid_targets(target, num_classes, ignore_index)
     divisor = divisor_of(index, kept, weight, reduction, dtype)
     buffer = input.new_empty(min(row_chunk, n), num_classes, dtype=dtype)
-    losses, parts = [], []
+    losses, cosines, parts = [], [], []
     dw: Tensor | None = None
     for start in range(0, max(1, n), row_chunk):
         part = slice(start, start + row_chunk)
         x, y = input[part], index[part]
         kept_part = None if kept is None else kept[part]
         e = buffer[: x.shape[0]]
-        row_loss, rows = _rows_of(
+        row_loss, rows, cosine = _rows_of(
             x, linear_weight, y, kept_part, margin, lam, weight, label_smoothing, e, True
         )
         back = _backward_of(
@@ -207,8 +208,15 @@ def loss_and_gradients(
         )
         dx, dw = products(back, linear_weight, e, False, need_input, need_weight, dw)
         losses.append(row_loss)
+        cosines.append(cosine)
         if dx is not None:
             parts.append(dx)
-    loss, _ = reduce(namespace(input).concatenate(losses), index, kept, weight, reduction, dtype)
+    xp = namespace(input)
+    loss, _ = reduce(xp.concatenate(losses), index, kept, weight, reduction, dtype)
     none = input.new_empty(0, dtype=dtype)
-    return loss, torch.cat(parts) if parts else none, none if dw is None else dw
+    return (
+        loss,
+        torch.cat(parts) if parts else none,
+        none if dw is None else dw,
+        mean_cosine(xp.concatenate(cosines), kept),
+    )

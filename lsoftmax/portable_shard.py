@@ -39,25 +39,28 @@ def shard_fwd(
         save, class_chunk: as for ``loss_fwd``.
 
     Returns:
-        E (N, >= C_s) = exp(z - r), 0 in the target's column, or an empty tensor; and (7, N)
-        float64: r, about the largest z_j (minus the largest number of the logits' type where there
-        is none), sum of exp(z_j - r), sum of smoothing_j z_j, all over j != y; and f, alpha, beta,
-        gamma where the target is here, else 0.
+        E (N, >= C_s) = exp(z - r), 0 in the target's column; with label smoothing one more row,
+        ``smoothing``, as of ``loss_fwd``; or an empty tensor. And (7, N) float64: r, about the
+        largest z_j (minus the largest number of the logits' type where there is none), sum of
+        exp(z_j - r), sum of smoothing_j z_j, all over j != y; and f, alpha, beta, gamma where the
+        target is here, else 0.
     """
-    num_classes = linear_weight.shape[0]
-    shape, dtype = e_storage(input, num_classes, 0.0)
+    n, num_classes = input.shape[0], linear_weight.shape[0]
+    smooth = smoothing is not None
+    shape, dtype = e_storage(input, num_classes, smooth)
     keep_e = save and class_chunk == 0
     e = input.new_empty(shape if keep_e else [0], dtype=dtype)
+    columns = e[:n, :num_classes] if keep_e else None
     if keep_e:
         e[:, num_classes:] = 0.0  # the padding
-    columns = e[:, :num_classes] if keep_e else None
-    smooth = smoothing is not None
+    if keep_e and smoothing is not None:
+        e[n, :num_classes] = smoothing
     sums = exponentials(
         input, linear_weight, target, columns, smoothing, smooth, class_chunk, elsewhere=True
     )
     xp = namespace(input)
     here = xp.asarray(target) >= 0
-    margins = margin_terms(input, linear_weight, target.clamp(min=0), margin, lam, sums.plain)
+    *margins, _ = margin_terms(input, linear_weight, target.clamp(min=0), margin, lam, sums.plain)
     own = (xp.where(here, value, 0.0) for value in margins)
     weighted = 0.0 * sums.others if sums.weighted is None else sums.weighted
     return e, stacked((sums.reference, sums.others, weighted, *own), torch.float64)
@@ -104,7 +107,7 @@ def shard_bwd(
     if class_chunk:
         dx, dw = recomputed(back, linear_weight, reference, class_chunk, *needed)
     else:
-        columns = e[:, : linear_weight.shape[0]]
+        columns = e[: input.shape[0], : linear_weight.shape[0]]
         dx, dw = products(back, linear_weight, columns, True, *needed)
     return (
         rows.new_empty(0) if dx is None else dx,

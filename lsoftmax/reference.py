@@ -120,7 +120,7 @@ def _target_logit(
 ) -> Tensor:
     """f, the shape of ``target``, in float64: psi magnifies an error of the cosine by up to m^2."""
     lam = torch.as_tensor(lam, dtype=torch.float32, device=input.device).double()
-    x, w = input.double(), linear_weight[target].double()
+    x, w = input.double(), F.embedding(target, linear_weight).double()  # [] does not vmap
     a, a_is_zero = _norm(x)
     b, b_is_zero = _norm(w)
     plain = (x * w).sum(-1)

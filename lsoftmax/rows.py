@@ -11,6 +11,7 @@ distribution, dz_j = g (A p_j - q_j), where A = sum of q and g is the upstream g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from .margin import Vector, namespace, stacked, vector
 from .panels import RowSums
 
 NONE, MEAN, SUM = range(3)  # reductions, numbered as in ATen
+NO_INDEX = -1 - 2**62  # an ignore_index for what ignores nothing
 
 
 class RowTerms(NamedTuple):
@@ -58,23 +60,23 @@ def valid_targets(
     return index, kept
 
 
+@np.errstate(all="ignore")  # without another class there is log 0, and torch has no words for NaN
 def row_terms(
-    margin_terms: tuple[Vector, Vector, Vector, Vector],
+    margin_terms: Sequence[Vector],
     sums: RowSums,
     index: Tensor,
     num_classes: int,
     weight: Tensor | None,
     label_smoothing: float,
 ) -> RowTerms:
-    """The loss and its gradient from the margin and the sums of each row.
+    """The loss and its gradient from the margin (f, alpha, beta, gamma) and the sums of each row.
 
     q_j = (1 - eps) w_y [j = y] + eps / C w_j, so A = (1 - eps) w_y + eps / C sum of w, and with
     p_y = 1 + t the gradient A p_y - q_y = A t + eps / C (sum of w - w_y) has no cancellation.
     """
     f, alpha, beta, gamma = margin_terms
     xp = namespace(index)
-    with np.errstate(divide="ignore"):  # without another class, log 0
-        gap = xp.log(sums.others) + sums.reference - f  # L - f
+    gap = xp.log(sums.others) + sums.reference - f  # L - f; -inf without another class
     log_p = xp.where(gap < 0, 0.0, -gap) - xp.log1p(xp.exp(-abs(gap)))  # -softplus(gap)
     t = xp.expm1(log_p)
 
@@ -90,7 +92,9 @@ def row_terms(
         loss = share * uniform - (1 - label_smoothing) * w_y * log_p
         target_gradient = total * t + share * (w_sum - w_y)
         constant = share * w_y  # of column y, taken back from the target's part
-    scale = total * xp.exp(sums.reference - f + log_p)
+    # A / S, S = So (1 + exp(-gap)): where the gap is huge, log So is lost in it.
+    by_others = total / (sums.others * (1.0 + xp.exp(-gap)))
+    scale = xp.where(gap > 0, by_others, total * xp.exp(sums.reference - f + log_p))
     shares = (target_gradient * beta, target_gradient * gamma, target_gradient * alpha + constant)
     return RowTerms(loss, scale, *shares)
 
@@ -122,6 +126,14 @@ def reduce(
     if isinstance(row_loss, np.ndarray):
         total = torch.full((), float(total), dtype=torch.float64)
     return (total if reduction == SUM else total / divisor).to(dtype), divisor
+
+
+def mean_cosine(cosines: Vector, kept: Tensor | None) -> Tensor:
+    """The mean over the kept rows, a 0-dim float32 tensor; 0 where none is kept."""
+    rows = torch.as_tensor(cosines).float()
+    if kept is None:
+        return rows.mean() if rows.numel() else rows.new_zeros(())
+    return torch.where(kept, rows, 0.0).sum() / kept.sum().clamp_(min=1)
 
 
 def divisor_of(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import ops as ops  # defines what follows
+from .checks import check_number, is_transformed, positive
+
 __all__ = ["LambdaSchedule"]
+
+_upcoming_op = torch.ops.lsoftmax.upcoming_lam.default
+_anneal_op = torch.ops.lsoftmax.anneal_.default
 
 # Settled by docs/training.md. lam at the start, where every margin is plain softmax; what `keep` is
 # unless given; and of for_steps the curve's power and the share of the steps that it falls in.
@@ -33,14 +37,15 @@ class LambdaSchedule(nn.Module):
     logit is to keep at least this share of what softmax gives it:
 
     .. math:: \frac{\lambda \cos\theta + \psi}{1 + \lambda} \ge \mathrm{keep}\,\cos\theta
-              \iff
+              \Leftrightarrow
               \frac{1}{1 + \lambda} \le (1 - \mathrm{keep})\,\frac{\cos\theta}{\cos\theta - \psi}
 
     with psi = 1 - 2 m theta / pi, which it is at every half bucket. The layer measures the angle
     after each training step, so lam follows a step later.
 
-    A schedule belongs to one layer: two that share it would each advance it. Under activation
-    checkpointing of the layer itself, which runs its forward twice, use ``auto_step=False``.
+    A schedule belongs to one layer: two that share it would each advance it. Activation
+    checkpointing of the layer (``torch.utils.checkpoint``), which runs its forward twice, counts as
+    one step.
 
     Args:
         base: lam before the first step, >= 0.
@@ -59,7 +64,7 @@ class LambdaSchedule(nn.Module):
 
     Raises:
         TypeError: a parameter is not a number.
-        ValueError: a parameter is negative or not finite, or ``keep`` is not below 1.
+        ValueError: a parameter is negative or not finite in float32, or ``keep`` is not below 1.
     """
 
     steps: Tensor
@@ -79,9 +84,9 @@ class LambdaSchedule(nn.Module):
         super().__init__()
         parameters = {"base": base, "gamma": gamma, "power": power, "minimum": minimum}
         for name, value in parameters.items():
-            _check_number(name, value)
+            check_number(name, value)
         if keep is not None:
-            _check_number("keep", keep)
+            check_number("keep", keep)
             if keep >= 1:
                 raise ValueError(f"keep: expected in [0, 1), got {keep}")
         self.base, self.gamma = float(base), float(gamma)
@@ -124,17 +129,14 @@ class LambdaSchedule(nn.Module):
 
         Raises:
             TypeError: ``total_steps`` is no integer, or another argument no number.
-            ValueError: ``total_steps`` < 1, ``minimum`` outside (0, 1000), ``keep`` outside [0, 1).
+            ValueError: ``total_steps`` < 1 or not of 64 bits, ``minimum`` outside (0, 1000),
+                ``keep`` outside [0, 1).
         """
-        if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__"):
-            kind = type(total_steps).__name__
-            raise TypeError(f"total_steps: expected an integer >= 1, got {kind} ({total_steps!r})")
-        if operator.index(total_steps) < 1:
-            raise ValueError(f"total_steps: expected an integer >= 1, got {total_steps}")
-        _check_number("minimum", minimum)
+        steps = positive("total_steps", total_steps)
+        check_number("minimum", minimum)
         if not 0 < minimum < _BASE:
             raise ValueError(f"minimum: expected in (0, {_BASE:g}), got {minimum}")
-        annealed = _FRACTION * operator.index(total_steps)
+        annealed = _FRACTION * steps
         gamma = ((_BASE / minimum) ** (1 / _POWER) - 1) / annealed
         return cls(_BASE, gamma, _POWER, minimum, keep=keep, auto_step=auto_step)
 
@@ -160,24 +162,16 @@ class LambdaSchedule(nn.Module):
         """
         return max(self.minimum, self.base * (1 + self.gamma * step) ** -self.power)
 
-    @torch.no_grad()
     def upcoming(self) -> Tensor:
         """lam of the next training step, a 0-dim float32 tensor; changes nothing."""
-        # float64: (1 + 1e-5 t)^-45 would lose the annealing's last digits in float32
-        decay = (self.steps + 1).double().mul_(self.gamma).add_(1).pow_(-self.power)
-        lam = decay.mul_(self.base).clamp_(min=self.minimum)
-        if self.keep is not None:
-            share = self.share.double().clamp_(min=1 / (1 + _BASE))
-            lam = torch.maximum(lam, share.reciprocal_().sub_(1))
-        return lam.float()
+        least_share = 0.0 if self.keep is None else 1 / (1 + _BASE)
+        curve = self.base, self.gamma, self.power, self.minimum
+        return _upcoming_op(self.steps, self.share, *curve, least_share)
 
-    @torch.no_grad()
     def commit(self, lam: Tensor) -> None:
         """Take the step whose lam is ``lam`` (from :meth:`upcoming`), in place."""
-        self.steps.add_(1)
-        self.lam.copy_(lam)
+        self._anneal(lam, None, 1)
 
-    @torch.no_grad()
     def observe(self, cosine: Tensor, margin: int) -> None:
         """Take in, for ``keep``, the mean cosine between a batch's features and their classes.
 
@@ -185,12 +179,35 @@ class LambdaSchedule(nn.Module):
             cosine: 0-dim float tensor on the schedule's device; NaN counts as 0, no angle at all.
             margin: of the layer.
         """
+        self._anneal(None, cosine.detach().float(), margin)
+
+    def begin_step(self) -> Tensor:
+        """lam for a training forward: :meth:`upcoming` with ``auto_step``, else as it is.
+
+        Raises:
+            RuntimeError: under a transform of ``torch.func``, which may change no buffer.
+        """
+        if self.is_constant:
+            return self.lam
+        if is_transformed():
+            raise RuntimeError(
+                "torch.func: a layer that anneals changes its buffers in training; call eval() "
+                "first, or use a constant lam"
+            )
+        return self.upcoming() if self.auto_step else self.lam
+
+    def end_step(self, lam: Tensor, cosine: Tensor, margin: int) -> None:
+        """:meth:`commit` (with ``auto_step``) and :meth:`observe` of a training forward, in one."""
+        if not self.is_constant:
+            self._anneal(lam if self.auto_step else None, cosine, margin)
+
+    def _anneal(self, lam: Tensor | None, cosine: Tensor | None, margin: int) -> None:
         if self.keep is None:
-            return
-        cosine = cosine.float().nan_to_num(nan=0.0).clamp_(0, 1)
-        taken = cosine - 1 + 2 * margin / math.pi * cosine.acos()  # cos - psi
-        share = (1 - self.keep) * cosine / taken.clamp_(min=1e-6)
-        self.share.lerp_(share.clamp_(max=1), 1 - _MEMORY)
+            cosine = None
+        state = self.steps, self.lam, self.share
+        _anneal_op(*state, lam, cosine, margin, self.keep or 0.0, _MEMORY)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(state)
 
     def step(self) -> None:
         """Advance by one training step, in place, without synchronising the device."""
@@ -223,17 +240,20 @@ class LambdaSchedule(nn.Module):
         self.share = torch.zeros_like(self.lam)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Accepts a checkpoint of a layer without annealing: training then starts on this curve."""
+        """Accepts a checkpoint of a layer without annealing: training then starts on this curve.
+        And one of a curve without ``keep``: training goes on at that lam.
+        """
         state = {prefix + name: value for name, value in self.state_dict().items()}
         if not state.keys() & state_dict.keys():
             state_dict.update(state)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        elif self.keep is not None and prefix + "lam" in state_dict:
+            state_dict.setdefault(prefix + "share", 1 / (1 + state_dict[prefix + "lam"]))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers"):  # into a layer made on the meta device
+            for name, value in {"steps": 0, "share": 0, "lam": self.value(0)}.items():
+                buffer = getattr(self, name)
+                if buffer.is_meta:  # not in the checkpoint
+                    where = "cpu" if self.lam.is_meta else self.lam.device
+                    setattr(self, name, torch.full_like(buffer, value, device=where))

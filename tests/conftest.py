@@ -5,7 +5,8 @@
     pytest --backend sanitized   the same under AddressSanitizer and UBSan; see test_sanitized.py
     pytest --backend cuda        the CUDA kernels on a GPU
 
-The last three run every test that takes the ``device`` fixture, and only those.
+The last three run every test that takes the ``device`` fixture, and only those; the emulated ones
+leave out the experiments.
 """
 
 from __future__ import annotations
@@ -50,11 +51,19 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--backend") == "portable":
+    backend = config.getoption("--backend")
+    if backend == "portable":
         return
-    elsewhere = [item for item in items if "device" not in item.fixturenames]
-    config.hook.pytest_deselected(items=elsewhere)
-    items[:] = [item for item in items if "device" in item.fixturenames]
+    # Experiments are for the device: an emulated one takes minutes for what other tests show.
+    emulated = backend != "cuda"
+
+    def runs(item: pytest.Item) -> bool:
+        return "device" in item.fixturenames and not (
+            emulated and item.path.name == "test_experiments.py"
+        )
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
 
 
 @pytest.fixture(autouse=True)

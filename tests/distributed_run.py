@@ -50,16 +50,21 @@ class World:
 
 
 def launch(
-    size: int, checks: Sequence[str], folder: Path, seed: int, timeout: float = 60
+    size: int,
+    checks: Sequence[str],
+    folder: Path,
+    seed: int,
+    timeout: float = 60,
+    emulated: bool = False,
 ) -> list[dict[str, str]]:
     """What came of the checks ("module:function") on each process: "passed" or a traceback.
 
-    A check that a process did not come to is missing.
+    A check that a process did not come to is missing. With ``emulated`` the kernels serve the ops.
     """
     # Torch is imported once, by the server that all processes are forked from.
     multiprocessing.set_forkserver_preload(["lsoftmax.distributed", "problems", "distributed_run"])
     number = len(list(folder.glob("store-*")))
-    args = (size, list(checks), folder, number, seed, timeout)
+    args = (size, list(checks), folder, number, seed, timeout, emulated)
     try:
         mp.start_processes(_run, args, nprocs=size, start_method="forkserver")
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
@@ -76,8 +81,13 @@ def _run(
     number: int,
     seed: int,
     timeout: float,
+    emulated: bool,
 ) -> None:
     torch.set_num_threads(1)
+    if emulated:
+        from emulation import build
+
+        build.load()
     warnings.filterwarnings("error", module="lsoftmax")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group(

@@ -47,10 +47,10 @@ def run(
     along, chunk = way
     fixed = fixed_arguments(p, **options)
     if along == "rows":
-        loss, dx, dw = torch.ops.lsoftmax.loss_and_gradients(*fixed, chunk, True, True)
+        loss, dx, dw, _ = torch.ops.lsoftmax.loss_and_gradients(*fixed, chunk, True, True)
         assert dx.dtype == dw.dtype == loss.dtype
         return loss, dx * UPSTREAM, dw * UPSTREAM  # of any size in float32: no scale
-    loss, e, rows, divisor = torch.ops.lsoftmax.loss_fwd(*fixed, True, chunk)
+    loss, e, rows, divisor, _ = torch.ops.lsoftmax.loss_fwd(*fixed, True, chunk)
     assert chunk == 0 or e.shape == (0,)
     assert rows.shape == (5, p.x.shape[0])
     grad = torch.full_like(loss, UPSTREAM * loss_scale)
@@ -177,13 +177,13 @@ def test_gradients_that_nobody_wants(dtype: torch.dtype, device: str) -> None:
     p = problem(9, 7, 12, dtype, device)
     fixed = fixed_arguments(p, label_smoothing=0.1)
     rows = torch.ops.lsoftmax.loss_and_gradients
-    _, *both = rows(*fixed, 4, True, True)
-    loss, e, saved, divisor = torch.ops.lsoftmax.loss_fwd(*fixed, True, 5)
+    _, *both, _ = rows(*fixed, 4, True, True)
+    loss, e, saved, divisor, _ = torch.ops.lsoftmax.loss_fwd(*fixed, True, 5)
     arguments = (torch.ones_like(loss), *fixed[:3], None, e, saved, divisor, -100, 0.1, 5)
     both_classes = torch.ops.lsoftmax.loss_bwd(*arguments, True, True)
     for needs in ((True, False), (False, True)):
         for values, all_values in (
-            (rows(*fixed, 4, *needs)[1:], both),
+            (rows(*fixed, 4, *needs)[1:3], both),
             (torch.ops.lsoftmax.loss_bwd(*arguments, *needs), both_classes),
         ):
             for value, expected, need in zip(values, all_values, needs, strict=True):
@@ -193,7 +193,7 @@ def test_gradients_that_nobody_wants(dtype: torch.dtype, device: str) -> None:
 def test_without_backward_nothing_is_kept(device: str) -> None:
     p = problem(9, 7, 12, torch.float32, device)
     fixed = fixed_arguments(p)
-    loss, e, rows, _ = torch.ops.lsoftmax.loss_fwd(*fixed, False, 5)
+    loss, e, rows, *_ = torch.ops.lsoftmax.loss_fwd(*fixed, False, 5)
     assert (e.shape, rows.shape) == ((0,), (0,))
     assert torch.equal(loss, torch.ops.lsoftmax.loss_fwd(*fixed, True, 5)[0])
 
@@ -257,12 +257,15 @@ def test_nearly_uniform_rows_of_a_million_classes(
     p = problem(2, 2, 1_000_000, dtype, device, norm=0.1)
     bounds = bounds_for(p, reduction="sum")
     if backend == "portable" and dtype == torch.float32:
-        bounds = (1e-6, 1e-4)  # the target's part goes through a product of a million terms
+        bounds = (1e-6, 5e-4)  # the target's part goes through a product of a million terms
+    if dtype == torch.float16:  # of two rows, one of which may nearly cancel
+        bounds = (bounds[0], max(bounds[1], 4e-3))
     truth = p.true_loss(reduction="sum")
     others = torch.ones(1_000_000, dtype=torch.bool, device=device)
     others[p.y] = False
     for way in (IN_BUDGET, ("classes", 300_000), ("rows", 1)):
-        ours = run(p, way, 2.0**13 if dtype == torch.float16 else 1.0, reduction="sum")
+        # Not 2^13: a target's part, m^2 = 16 times a class vector, would leave the range.
+        ours = run(p, way, 2.0**11 if dtype == torch.float16 else 1.0, reduction="sum")
         assert_close(ours, truth, *bounds)
         # The targets' rows of dW hide the others'; of those, each is a product of two roundings.
         bound = bounds[1] if dtype == torch.float32 else 1e-2

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import distributed_training_checks as training
 from distributed_run import assert_close, launch
+from lsoftmax.distributed import ClassParallelLSoftmaxLoss
 
 EVERYWHERE = (
     "distributed_checks:initial_weights",
@@ -28,7 +30,9 @@ CHECKS = {
         "distributed_training_checks:fully_sharded",
         "distributed_training_checks:compiled_under_autocast",
         "distributed_training_checks:resumed",
-        "distributed_checks:volume",
+        "distributed_traffic_checks:volume",
+        "distributed_traffic_checks:dx_travels_meanwhile",
+        "distributed_layer_checks:annealed",
         "distributed_checks:no_rows",
         "distributed_checks:twice",
     ),
@@ -37,11 +41,15 @@ CHECKS = {
         "distributed_training_checks:data_parallel",
         "distributed_training_checks:sampled",
         "distributed_training_checks:whole_state_dicts",
-        "distributed_checks:frozen_backbone",
+        "distributed_traffic_checks:frozen_backbone",
         "distributed_checks:target_outside",
     ),
-    4: (*EVERYWHERE, "distributed_checks:volume", "distributed_checks:mesh_dimension"),
-    8: (*EVERYWHERE, "distributed_checks:volume", "distributed_checks:float32_and_bfloat16"),
+    4: (*EVERYWHERE, "distributed_traffic_checks:volume", "distributed_checks:mesh_dimension"),
+    8: (
+        *EVERYWHERE,
+        "distributed_traffic_checks:volume",
+        "distributed_checks:float32_and_bfloat16",
+    ),
 }
 
 
@@ -72,6 +80,31 @@ def worlds(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 )
 def test_processes_together(worlds: Worlds, size: int, check: str) -> None:
     worlds.assert_passed(size, check)
+
+
+def test_processes_together_on_the_kernels(
+    device: str, backend: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if backend != "emulation":
+        pytest.skip("only the emulation has kernels for the CPU tensors of several processes")
+    checks = (*EVERYWHERE, *(f"distributed_checks:{name}" for name in ("no_rows", "twice")))
+    checks += ("distributed_checks:float32_and_bfloat16",)
+    results = launch(3, checks, tmp_path, request.config.getoption("--seed"), emulated=True)
+    assert results == [dict.fromkeys(checks, "passed")] * 3
+
+
+def test_a_single_class_is_certain_without_a_word() -> None:
+    """No other class: log 0, of which NumPy would warn, and a warning is an error here."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        head = ClassParallelLSoftmaxLoss(4, 1)
+        x = torch.randn(5, 4, requires_grad=True)
+        loss = head(x, torch.zeros(5, dtype=torch.int64))
+        loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert loss == 0
+    assert not x.grad.any()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

@@ -43,12 +43,31 @@ def start(rank: int, port: int, options: list[str]) -> subprocess.Popen[str]:
     )
 
 
+def finish(checkpoints: Path, options: list[str]) -> float:
+    """Goes on from what is there to the end, which must be that of one process: its test error."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(SCRIPT), *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    together, alone = re.findall(r"process(?:es)?: test error (\S+)%", done.stdout)
+    assert together == alone
+    assert float(done.stdout.split("element of W:")[1]) < 1e-4
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["epoch-0019", "epoch-0020"]
+    return float(alone)
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_killed_then_resumed_then_the_same_as_one_process(tmp_path: Path) -> None:
     """Red if the survivor hangs or ends well, a checkpoint is not whole, or a training that goes on
@@ -75,20 +94,7 @@ def test_killed_then_resumed_then_the_same_as_one_process(tmp_path: Path) -> Non
     assert state["criterion.schedule.steps"] == 10 * epoch
     (tmp_path / ".epoch-0099").mkdir()  # as one that was killed while it saved would leave it
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(SCRIPT), *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    together, alone = re.findall(r"process(?:es)?: test error (\S+)%", done.stdout)
-    assert together == alone
-    assert float(alone) < 6
-    assert float(done.stdout.split("element of W:")[1]) < 1e-4
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["epoch-0019", "epoch-0020"]
+    assert finish(tmp_path, options) < 6
 
 
 def test_started_without_torchrun(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lsoftmax import functional, reference
 from problems import Problem, assert_right, problem, relative_error
 
 
@@ -133,3 +134,38 @@ def test_rows_far_below_and_above_zero(device: str) -> None:
         p.x[:, 0], p.w[:, 0] = 100.0, 10.0
         p.x[3:, 0] = -100.0
     assert_right(p, 1e-5, 1e-4, margin=2, lam=1.0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("others", [0, 1])
+def test_certain_rows_beyond_what_a_float_counts(
+    others: int, smoothing: float, device: str
+) -> None:
+    """Of a logit of 1e11 in float32 the reference is rounded by thousands, and exp(thousands) is
+    not a number to divide by; where no other exponential is left nothing depends on it.
+    """
+    x = torch.full((8, 1), 10.0) * (1 + torch.arange(8).unsqueeze(1) / 7)
+    w = torch.full((1 + others, 1), 1e10)
+    w[1:] *= -1
+    x, w = (t.to(device).requires_grad_() for t in (x, w))
+    y = torch.zeros(8, dtype=torch.int64, device=device)
+    loss = functional.lsoftmax_loss(x, w, y, 4, 0.3, label_smoothing=smoothing)
+    loss.backward()
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
+    true = reference.lsoftmax_loss(x64, w64, y, 4, 0.3, label_smoothing=smoothing)
+    true.backward()
+    torch.testing.assert_close(loss.double(), true, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=0)
+    torch.testing.assert_close(w.grad.double(), w64.grad, rtol=1e-5, atol=0)
+
+
+def test_a_sum_of_many_is_not_lost_in_a_huge_gap(device: str) -> None:
+    """The others' probabilities add up to 1 where f is 1e20 below them: log C is no more than 6."""
+    x = torch.tensor([[-3.0, 1.0]], dtype=torch.float64, device=device).requires_grad_()
+    w = torch.full((400, 2), 1e20, dtype=torch.float64, device=device).requires_grad_()
+    y = torch.zeros(1, dtype=torch.int64, device=device)
+    functional.lsoftmax_loss(x, w, y, 4, 0.5).backward()
+    x64, w64 = (t.detach().clone().requires_grad_() for t in (x, w))
+    reference.lsoftmax_loss(x64, w64, y, 4, 0.5).backward()
+    torch.testing.assert_close(x.grad, x64.grad, rtol=1e-9, atol=0)
+    torch.testing.assert_close(w.grad, w64.grad, rtol=1e-9, atol=0)

@@ -51,7 +51,7 @@ def test_tiny_shapes_take_two_kernels_each_way(
         fixed = fixed_arguments(p, **options)
         saved = torch.ops.lsoftmax.loss_fwd(*fixed, True, 0)
         assert launches(engine, lambda f=fixed: torch.ops.lsoftmax.loss_fwd(*f, True, 0)) == 2
-        arguments = (torch.ones(()), *fixed[:3], fixed[5], *saved[1:], -100, fixed[8], 0)
+        arguments = (torch.ones(()), *fixed[:3], fixed[5], *saved[1:4], -100, fixed[8], 0)
         for needs in ((True, True), (True, False), (False, True)):
             work = lambda n=needs, a=arguments: torch.ops.lsoftmax.loss_bwd(*a, *n)  # noqa: E731
             assert launches(engine, work) == 2
@@ -66,6 +66,33 @@ def test_launches_of_the_chunks(engine: ctypes.CDLL) -> None:
     assert launches(engine, lambda: run(p, ("rows", 6))) == 1 + 4 * 3 + 1
 
 
+def forward_of_a_shard(p: Problem, chunk: int) -> tuple[Tensor, Tensor]:
+    args = (p.x, p.w, p.y - 1, 3, torch.tensor(0.5), torch.ones_like(p.w[:, 0]), True, chunk)
+    return torch.ops.lsoftmax.shard_fwd(*args)
+
+
+def backward_of_a_shard(p: Problem, e: Tensor, sums: Tensor, chunk: int, *needs: bool) -> list:
+    shares = torch.linspace(-1, 1, 5)[:, None] * (p.y > 0)
+    saved = (p.x, p.w, p.y - 1, torch.ones_like(p.w[:, 0]), e, sums[0].float(), chunk)
+    return list(torch.ops.lsoftmax.shard_bwd(shares, *saved, *needs))
+
+
+def test_launches_of_a_shard(engine: ctypes.CDLL) -> None:
+    """Forward a kernel; backward one for dX and two for dW. Of chunks as above."""
+    p = problem(20, 8, 100, torch.float32)
+    with torch.no_grad():
+        assert launches(engine, lambda: forward_of_a_shard(p, 0)) == 1
+        assert launches(engine, lambda: forward_of_a_shard(p, 30)) == 4
+        saved = forward_of_a_shard(p, 0)
+        for chunk, needs, count in (
+            (0, (True, False), 1),
+            (0, (False, True), 2),
+            (30, (True, True), 1 + 4 * 2 + 1),
+        ):
+            work = lambda c=chunk, n=needs: backward_of_a_shard(p, *saved, c, *n)  # noqa: E731
+            assert launches(engine, work) == count
+
+
 # ---- the order of turns --------------------------------------------------------------------------
 
 
@@ -77,6 +104,21 @@ def test_the_order_of_turns_does_not_matter(dtype: torch.dtype, engine: ctypes.C
         results = run(p, way, label_smoothing=0.1, reduction="sum")
         with build.reversed_order(engine):
             again = run(p, way, label_smoothing=0.1, reduction="sum")
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+
+
+def test_the_order_of_turns_does_not_matter_to_a_shard(engine: ctypes.CDLL) -> None:
+    p = problem(40, 9, 70, torch.float32)
+
+    def both(chunk: int) -> list[Tensor]:
+        with torch.no_grad():
+            e, sums = forward_of_a_shard(p, chunk)
+            return [e, sums, *backward_of_a_shard(p, e, sums, chunk, True, True)]
+
+    for chunk in (0, 16):
+        results = both(chunk)
+        with build.reversed_order(engine):
+            again = both(chunk)
         assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 
@@ -103,22 +145,23 @@ def structure(pointers: str, counts: str, *more: tuple[str, type]) -> type:
 
 # As in csrc/lsoftmax.h.
 LossRows = structure(
-    "x w target lam class_weight weight_sum z e state row_loss rows",
+    "x w target lam class_weight weight_sum z e state row_loss rows row_cosine",
     "n d c first_class width z_stride e_stride ignore_index",
     ("label_smoothing", ctypes.c_double),
     ("margin", ctypes.c_int),
     ("target_in_e", ctypes.c_bool),
 )
 Exponentials = structure(
-    "target rows class_weight z e",
+    "target reference rows class_weight z e",
     "n first_class width stride ignore_index",
     ("class_weights", ctypes.c_bool),
-    ("target_in_e", ctypes.c_bool),
 )
 FinishGradients = structure(
     "x w target order scale input weight rest constant product dx dw", "n d first_class width"
 )
-MarginLogits = structure("x w target lam logits coefficients", "n d c", ("margin", ctypes.c_int))
+MarginLogits = structure(
+    "x w target lam logits coefficients row_cosine", "n d c", ("margin", ctypes.c_int)
+)
 MarginLogitsBackward = structure("target coefficients grad shares order", "n c")
 
 
@@ -167,7 +210,7 @@ def test_rows_of_logits_far_apart(engine: ctypes.CDLL, tmp_path: Path) -> None:
             "exponentials",
             Exponentials,
             **{name: shared[name] for name in names},
-            rows=outcome["read"][1],
+            reference=outcome["read"][1][4],
             z=z,
             e=e,
             stride=stride,
@@ -208,6 +251,7 @@ def test_classes_beyond_32_bits(engine: ctypes.CDLL, tmp_path: Path) -> None:
     for which in (near, shared):
         logits, coefficients = sparse(tmp_path, 2, which["c"]), torch.zeros(3, 2)
         outputs = {"logits": logits, "coefficients": coefficients}
+        outputs["row_cosine"] = torch.zeros(2)
         launch(engine, "margin_logits", MarginLogits, **which, **outputs)
         at = torch.arange(2), which["target"]
         found = logits[at].clone()

@@ -27,11 +27,15 @@ BOTH = [  # what is wrong, the error, what its text must name
     ({"margin": 0}, ValueError, "margin.*>= 1.*got 0"),
     ({"margin": -3}, ValueError, "margin.*got -3"),
     ({"margin": 2.0}, TypeError, "margin.*float"),
+    ({"margin": 2**62}, ValueError, "margin.*<= 1000.*got 4611686018427387904"),
+    ({"margin": torch.zeros(2)}, TypeError, r"margin.*integer.*\(2,\)"),
     ({"margin": True}, TypeError, "margin.*bool"),
     ({"margin": "4"}, TypeError, "margin.*str"),
     ({"lam": -0.1}, ValueError, "lam.*>= 0.*got -0.1"),
     ({"lam": math.inf}, ValueError, "lam.*finite.*inf"),
     ({"lam": math.nan}, ValueError, "lam.*finite.*nan"),
+    ({"lam": 1e39}, ValueError, r"lam.*float32.*1e\+39"),
+    ({"lam": 10**400}, ValueError, "lam.*float32"),
     ({"lam": "1"}, TypeError, "lam.*str"),
     ({"lam": torch.zeros(2)}, TypeError, r"lam.*0-dim.*\(2,\)"),
     ({"lam": torch.tensor(1)}, TypeError, "lam.*int64"),
@@ -39,6 +43,7 @@ BOTH = [  # what is wrong, the error, what its text must name
     ({"input": [1.0]}, TypeError, "input.*tensor.*list"),
     ({"input": torch.zeros(N, D, dtype=torch.int32)}, TypeError, "input.*float32.*int32"),
     ({"input": torch.zeros(N, D, dtype=torch.complex64)}, TypeError, "input.*complex64"),
+    ({"input": torch.ones(N, D).to_sparse()}, TypeError, "input.*dense.*sparse_coo"),
     ({"input": torch.zeros(2, N, D)}, ValueError, r"input.*\(N, D\).*\(2, 4, 3\)"),
     ({"input": torch.tensor(1.0)}, ValueError, r"input.*\(N, D\)"),
     ({"input": torch.zeros(N, D + 1)}, ValueError, r"linear_weight.*\(C, 4\).*\(5, 3\)"),
@@ -56,6 +61,8 @@ BOTH = [  # what is wrong, the error, what its text must name
 LOSS_ONLY = [
     ({"reduction": "average"}, ValueError, "reduction.*mean.*average"),
     ({"reduction": None}, ValueError, "reduction.*None"),
+    ({"reduction": []}, ValueError, r"reduction.*\[\]"),
+    ({"ignore_index": 2**63}, ValueError, "ignore_index.*64 bits.*9223372036854775808"),
     ({"label_smoothing": 1.5}, ValueError, r"label_smoothing.*\[0, 1\].*1.5"),
     ({"label_smoothing": -0.1}, ValueError, "label_smoothing"),
     ({"label_smoothing": math.nan}, ValueError, "label_smoothing.*nan"),
@@ -140,6 +147,7 @@ def test_one_class_smaller_than_the_last_target_is_no_ignore_index() -> None:
         ({"label_smoothing": 2}, ValueError, "label_smoothing"),
         ({"weight": torch.ones(3)}, ValueError, "weight"),
         ({"ignore_index": None}, TypeError, "ignore_index"),
+        ({"dtype": torch.complex64}, TypeError, "dtype.*float32.*complex64"),
     ],
     ids=names,
 )
@@ -158,6 +166,39 @@ def test_linear_module(wrong: dict, error: type, text: str) -> None:
         lsoftmax.LSoftmaxLinear(D, C, **wrong)
 
 
+@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError)])
+@pytest.mark.parametrize("layer", [lsoftmax.LSoftmaxLoss, lsoftmax.LSoftmaxLinear])
+def test_sizes_of_modules(layer: type, size: float, error: type) -> None:
+    with pytest.raises(error, match=r"in_features.*integer >= 1.*got"):
+        layer(size, C)
+    with pytest.raises(error, match=r"(num_classes|out_features).*integer >= 1.*got"):
+        layer(D, size)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        ({"input": [1.0]}, TypeError, "input.*tensor.*list"),
+        ({"input": torch.tensor(1.0)}, ValueError, r"input.*\(N, D\)"),
+        ({"linear_weight": torch.zeros(C, D + 1)}, ValueError, "linear_weight"),
+        ({"reduction": "max"}, ValueError, "reduction.*max"),
+        ({"memory_budget": -1}, ValueError, "memory_budget.*-1"),
+    ],
+    ids=names,
+)
+def test_plan(wrong: dict, error: type, text: str) -> None:
+    right = {name: arguments()[name] for name in ("input", "linear_weight")}
+    with pytest.raises(error, match=text):
+        functional.plan(**{**right, **wrong})
+
+
+def test_diagnostics() -> None:
+    with pytest.raises(TypeError, match=r"stats.*MarginStats.*dict"):
+        lsoftmax.collapse_warning({})
+    with pytest.raises(IndexError, match=rf"target {C}.*< {C}"):
+        lsoftmax.margin_stats(torch.randn(N, D), torch.randn(C, D), torch.full((N,), C))
+
+
 def test_a_refused_forward_is_no_training_step() -> None:
     head = lsoftmax.LSoftmaxLoss(D, C)
     with pytest.raises(ValueError, match="target"):
@@ -174,6 +215,10 @@ def test_schedule() -> None:
             lsoftmax.LambdaSchedule(**{"base": 1.0, "gamma": 1.0, "power": 1.0, **wrong})
     with pytest.raises(TypeError, match=r"base.*str"):
         lsoftmax.LambdaSchedule("10", 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"base.*float32.*1e\+39"):
+        lsoftmax.LambdaSchedule(1e39, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"total_steps.*64 bits"):
+        lsoftmax.LambdaSchedule.for_steps(10**400)
 
 
 def test_psi() -> None:
@@ -204,7 +249,7 @@ def test_the_engine_checks_for_itself(device: str, backend: str) -> None:
     for case in wrong:
         with pytest.raises(RuntimeError, match="expected"):
             run(**case)
-    _, e, rows, divisor = run()
+    _, e, rows, divisor, _ = run()
     grad = torch.tensor(1.0, device=device)
     wrong = [{"e": e[:2]}, {"rows": rows[:3]}, {"grad": grad.double()}, {"grad": grad.expand(2)}]
     for changed in wrong:

@@ -39,7 +39,7 @@ def structure(name: str, pointers: str, counts: str, *more: tuple[str, type]) ->
 # As in csrc/hopper.h.
 RowReference = structure(
     "RowReference",
-    "x w target lam pilot reference margin_terms",
+    "x w target lam pilot reference margin_terms row_cosine",
     "n d c p ignore_index",
     ("margin", ctypes.c_int),
 )

@@ -73,8 +73,10 @@ def test_plan_reads_back_what_the_loss_does(monkeypatch: pytest.MonkeyPatch) -> 
     p = problem(40, 8, 1000, torch.float32)
     assert functional.plan(p.x, p.w)[:2] == (0, 0)
     seen = []
-    real = functional.ops.loss
-    monkeypatch.setattr(functional.ops, "loss", lambda *args: seen.append(args[-1]) or real(*args))
+    real = functional.autograd.loss
+    monkeypatch.setattr(
+        functional.autograd, "loss", lambda *args: seen.append(args[-1]) or real(*args)
+    )
     head = lsoftmax.LSoftmaxLoss(8, 1000, memory_budget=20_000)
     head(p.x, p.y)
     assert seen == [functional.plan(p.x, head.linear.weight, memory_budget=20_000)]
@@ -105,6 +107,15 @@ def test_compiles_with_a_budget() -> None:
         torch.testing.assert_close(ours, loss)
         for a, b in zip(torch.autograd.grad(ours, (p.x, p.w)), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_compiles_with_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for it is no graph break: what it was is a constant of the compiled code."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(planning, "_LITTLE", 0)
+    p = problem(12, 8, 50, torch.float32)
+    compiled = torch.compile(functional.lsoftmax_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(p.x, p.w, p.y), functional.lsoftmax_loss(p.x, p.w, p.y))
 
 
 def test_peak_memory_of_a_million_classes() -> None:

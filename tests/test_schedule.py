@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lsoftmax import LambdaSchedule, LSoftmaxLinear, LSoftmaxLoss
+from lsoftmax import LambdaSchedule, LSoftmaxLinear, LSoftmaxLoss, functional
 
 
 @pytest.mark.parametrize("total", [1, 2, 20, 600, 50_000, np.int64(1_000_000)])
@@ -128,8 +128,9 @@ def test_ignored_rows_have_no_angle() -> None:
     torch.testing.assert_close(heads[0].schedule.share, 0.9 * before)
 
 
-def test_a_resumed_schedule_goes_on_bit_for_bit() -> None:
-    straight, first, resumed = (LambdaSchedule.for_steps(30) for _ in range(3))
+@pytest.mark.parametrize("keep", [0.6, None])
+def test_a_resumed_schedule_goes_on_bit_for_bit(keep: float | None) -> None:
+    straight, first, resumed = (LambdaSchedule.for_steps(100, keep=keep) for _ in range(3))
     cosines = torch.rand(20)
     for schedule, part in ((straight, cosines), (first, cosines[:11])):
         for cosine in part:
@@ -148,6 +149,16 @@ def test_the_running_mean_keeps_its_bits_when_the_layer_changes_type() -> None:
     head(torch.randn(8, 6), torch.randint(5, (8,)))
     before = head.schedule.share.clone()
     assert torch.equal(head.half().schedule.share, before)
+
+
+def test_steps_by_hand_are_the_only_ones_that_the_loss_sees() -> None:
+    head = LSoftmaxLoss(6, 5, lam=LambdaSchedule(10.0, 1.0, 2.0, auto_step=False))
+    x, y = torch.randn(8, 6), torch.randint(5, (8,))
+    for _ in range(3):
+        expected = functional.lsoftmax_loss(x, head.linear.weight, y, 4, head.lam.clone())
+        assert torch.equal(head(x, y), expected)
+        assert torch.equal(head(x, y), expected)
+        head.schedule.step()
 
 
 def test_steps_by_hand() -> None:

@@ -1,0 +1,101 @@
+// The loss of a shard of the classes: forward leaves the sums of each row, which the processes add
+// up, and backward starts from what came of all of them. Meanings: lsoftmax/portable_shard.py.
+//
+// To the steps of the loss a shard is few classes, with targets of -1 for those of other shards.
+
+#include <limits>
+
+#include "engine.h"
+#include "loss.h"
+
+namespace lsoftmax {
+namespace {
+
+Loss check_shard(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                 const std::optional<Tensor>& smoothing, int64_t class_chunk) {
+  TORCH_CHECK(class_chunk >= 0, "class_chunk: expected >= 0, got ", class_chunk);
+  constexpr int64_t kNoneIgnored = std::numeric_limits<int64_t>::min();
+  // How much smoothing there is, is in the rows that backward gets: here it matters that there is.
+  Loss loss = check_loss(input, linear_weight, target, smoothing, kNoneIgnored, smoothing ? 1 : 0);
+  loss.shard = true;
+  return loss;
+}
+
+// In budget: dX in the accumulate type, for it is yet to be added up, and dW.
+std::pair<Tensor, Tensor> products(const Loss& loss, const Upstream& upstream, const Tensor& e,
+                                   bool need_input, bool need_weight, cudaStream_t stream) {
+  const Shares shares = upstream.of(loss);
+  Tensor dx, dw;
+  if (need_input) {
+    const Tensor product = at::empty({e.size(0), loss.d()}, loss.wide());
+    matmul(product, e, loss.w.to(e.scalar_type()));
+    dx = product.narrow(0, 0, loss.n());
+    finish_gradients(loss.x, loss.w, loss.y, shares, product, dx, Tensor(), 0, /*wide=*/true,
+                     stream);
+  }
+  if (need_weight) {
+    dw = at::empty_like(loss.w, e.options());
+    matmul(dw, e.t(), upstream.scaled_x);
+    finish_gradients(loss.x, loss.w, loss.y, shares, Tensor(), Tensor(), dw, 0, /*wide=*/false,
+                     stream);
+    dw = dw.to(loss.w.scalar_type());
+  }
+  return {dx, dw};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> shard_fwd(const Tensor& input, const Tensor& linear_weight,
+                                     const Tensor& target, int64_t margin, const Tensor& lam,
+                                     const std::optional<Tensor>& smoothing, bool save,
+                                     int64_t class_chunk) {
+  const Scope scope(input);
+  const Loss loss = check_shard(input, linear_weight, target, smoothing, class_chunk);
+  check_margin(margin, lam, loss.x);
+  const Margin terms{static_cast<int>(margin), lam, Tensor()};
+  const int64_t n = loss.n(), c = loss.c();
+  const int64_t chunk = class_chunk > 0 ? std::min(class_chunk, c) : c;
+  const bool keep_e = save && class_chunk == 0;
+  const bool whole_packs = !keep_e || !loss.e_is_wide();  // as in loss_fwd
+  const Panel panel = make_panel(loss, n, whole_packs ? padded(chunk) : c, keep_e);
+  const Tensor sums = at::empty({7, n}, loss.wide().dtype(at::kDouble));
+  for (int64_t first = 0; first < c; first += chunk) {
+    const int64_t width = std::min(chunk, c - first);
+    if (n > 0) make_logits(loss, panel, first, width);
+    loss_rows(loss, terms, panel, first, width, sums, Rows(), scope.stream);
+  }
+  return {keep_e ? panel.e : at::empty({0}, loss.e_options()), sums};
+}
+
+std::tuple<Tensor, Tensor> shard_bwd(const Tensor& rows, const Tensor& input,
+                                     const Tensor& linear_weight, const Tensor& target,
+                                     const std::optional<Tensor>& smoothing, const Tensor& e,
+                                     const Tensor& reference, int64_t class_chunk, bool need_input,
+                                     bool need_weight) {
+  const Scope scope(input);
+  const Loss loss = check_shard(input, linear_weight, target, smoothing, class_chunk);
+  const int64_t n = loss.n(), c = loss.c(), e_rows = loss.e_rows(n);
+  CHECK_LIKE(rows, input, accumulate_type(input));
+  CHECK_SHAPE(rows, {5, n});
+  CHECK_LIKE(reference, input, accumulate_type(input));
+  CHECK_SHAPE(reference, {n});
+  TORCH_CHECK(class_chunk > 0 || (e.dim() == 2 && e.size(0) == e_rows && e.size(1) >= c),
+              "e: expected ", e_rows, " rows of at least ", c, ", got ", e.sizes());
+  Tensor dx, dw;
+  if (n == 0) {
+    if (need_input) dx = at::empty({n, loss.d()}, loss.wide());
+    if (need_weight) dw = at::zeros_like(loss.w);
+  } else {
+    const Upstream upstream =
+        backward_rows(loss, Tensor(), Tensor(), rows.contiguous(), need_weight, scope.stream);
+    std::tie(dx, dw) =
+        class_chunk > 0
+            ? backward_class_chunks(loss, upstream, Tensor(), reference.contiguous(), class_chunk,
+                                    need_input, need_weight, scope.stream)
+            : products(loss, upstream, corner(e, e_rows, c), need_input, need_weight, scope.stream);
+  }
+  return {need_input ? dx : at::empty({0}, loss.wide()),
+          need_weight ? dw : at::empty({0}, loss.x.options())};
+}
+
+}  // namespace lsoftmax

@@ -1,0 +1,172 @@
+"""What every public entry checks of its arguments, each error saying what was expected and came."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from .rows import MEAN, NONE, SUM
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+
+# psi takes as many steps, each of which adds a rounding: far above any use, and no endless loop.
+_LARGEST_MARGIN = 1000
+
+
+def check_margin(margin: int) -> int:
+    """The margin as an int; TypeError or ValueError where it is none or outside [1, 1000]."""
+    number = positive("margin", margin)
+    if number > _LARGEST_MARGIN:
+        raise ValueError(f"margin: expected an integer <= {_LARGEST_MARGIN}, got {number}")
+    return number
+
+
+def positive(name: str, value: int) -> int:
+    """The value as an int; TypeError or ValueError where it is none, < 1 or not of 64 bits."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer >= 1, got {kind(value)} ({value!r})")
+    if number < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {number}")
+    if number >= 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {number}")
+    return number
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """TypeError unless a layer may have it."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+        raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype!r}")
+
+
+def check_number(name: str, value: float) -> float:
+    """The value as a float; TypeError or ValueError unless it is >= 0 and finite in float32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number >= 0, got {kind(value)}")
+    if not 0 <= value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a number >= 0, finite in float32, got {value}")
+    return float(value)
+
+
+def check_loss_options(
+    reduction: str, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> None:
+    """TypeError or ValueError unless these are what F.cross_entropy takes."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {list(REDUCTIONS)}, got {reduction!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {kind(ignore_index)}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(
+            f"label_smoothing: expected a number in [0, 1], got {kind(label_smoothing)}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def check_memory_budget(memory_budget: int | None) -> None:
+    """TypeError or ValueError unless it is None or a number of bytes."""
+    if memory_budget is None:
+        return
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"memory_budget: expected bytes or None, got {kind(memory_budget)}")
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget: expected a positive number of bytes, got {memory_budget}")
+
+
+def check_class_weight(weight: Tensor, num_classes: int) -> None:
+    """TypeError or ValueError unless ``weight`` is a (C,) floating-point tensor."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating-point tensor or None, got {kind(weight)}")
+    check_dense("weight", weight)
+    if weight.shape != (num_classes,):
+        raise ValueError(
+            f"weight: expected one per class, shape ({num_classes},), got {tuple(weight.shape)}"
+        )
+
+
+def check_matrices(input: Tensor, linear_weight: Tensor, target: Tensor) -> None:
+    """TypeError or ValueError unless these are features, class vectors and targets that fit."""
+    check_features(input, linear_weight)
+    check_dense("target", target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected int64 class indices, got {kind(target)}")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target: expected shape {tuple(input.shape[:-1])} for input {tuple(input.shape)}, "
+            f"got {tuple(target.shape)}"
+        )
+    check_device("target", target, input)
+
+
+def check_features(input: Tensor, linear_weight: Tensor) -> None:
+    """TypeError or ValueError unless these are features and class vectors that fit."""
+    check_dense("input", input)
+    check_dense("linear_weight", linear_weight)
+    if input.dtype not in FLOATS:
+        raise TypeError(f"input: expected float32, float64, float16 or bfloat16, got {kind(input)}")
+    if linear_weight.dtype != input.dtype:
+        raise TypeError(
+            f"linear_weight: expected the type of input ({input.dtype}), got {linear_weight.dtype}"
+        )
+    if input.dim() not in (1, 2):
+        raise ValueError(f"input: expected shape (N, D) or (D,), got {tuple(input.shape)}")
+    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0:
+        raise ValueError(
+            f"linear_weight: expected shape (C, D) with C >= 1, got {tuple(linear_weight.shape)}"
+        )
+    if linear_weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"linear_weight: expected (C, {input.shape[-1]}) for input {tuple(input.shape)}, "
+            f"got {tuple(linear_weight.shape)}"
+        )
+    check_device("linear_weight", linear_weight, input)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """TypeError unless it is a tensor whose elements lie in memory by strides."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {kind(tensor)}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
+
+
+def lam_tensor(lam: float | Tensor, input: Tensor) -> Tensor:
+    """lam as the 0-dim float32 tensor that the kernels read on the device."""
+    if not isinstance(lam, Tensor):
+        return torch.full((), check_number("lam", lam), dtype=torch.float32, device=input.device)
+    if lam.dim() != 0 or not lam.is_floating_point():
+        raise TypeError(f"lam: expected a number or a 0-dim float tensor, got {kind(lam)}")
+    check_dense("lam", lam)
+    check_device("lam", lam, input)
+    if lam.requires_grad or lam.dtype != torch.float32:
+        return lam.detach().to(torch.float32)
+    return lam
+
+
+def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    """ValueError unless the tensor is where the input is."""
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected on {input.device} like input, got {tensor.device}")
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is under way: the ops have first derivatives in reverse
+    mode only, plain torch has all that there are.
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def kind(value: object) -> str:
+    """What came, for an error."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return type(value).__name__

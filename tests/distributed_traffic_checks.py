@@ -1,0 +1,108 @@
+"""What the processes tell each other, how much of it, and when."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed_checks import C, D, batch
+from distributed_run import World
+from lsoftmax import class_parallel
+from lsoftmax.distributed import ClassParallelLSoftmaxLoss
+
+_reduce_scatter = class_parallel._reduce_scatter
+
+
+class Volume(TorchDispatchMode):
+    """Counts what torch.distributed is really asked to do: numbers that enter a collective on this
+    process, or leave it where that is more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [t for a in args[:2] for t in (a if isinstance(a, list) else [a])]
+            sizes = [t.numel() for t in tensors if isinstance(t, Tensor)]
+            self.numbers[func._schema.name.removeprefix("c10d::")] += max(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+def volume(world: World) -> None:
+    """docs/distributed.md: N D + N gathered, a few numbers a row reduced, N D reduce-scattered."""
+    for rows in (4, 16):
+        n = rows * world.size
+        counts = []
+        for options in ({}, {"max_local_batch": rows}, {"max_local_batch": rows, "lam": 1.0}):
+            head = ClassParallelLSoftmaxLoss(D, C, **options)
+            with Volume() as counted:
+                x = torch.randn(rows, D, requires_grad=True)
+                head(x, torch.randint(C, (rows,))).backward()
+            counts.append(counted.numbers)
+        gathered = {"_allgather_base_": n * D + n, "_reduce_scatter_base_": n * D}
+        assert counts == [
+            {**gathered, "allreduce_": 9 * n + 2},  # and the size of the largest batch
+            {**gathered, "allreduce_": 9 * n},
+            {**gathered, "allreduce_": 8 * n},  # no angle to be measured
+        ]
+
+
+def frozen_backbone(world: World) -> None:
+    """No gradient of x: nothing is reduce-scattered. Where one process alone has no need of it,
+    as for a batch without rows, it takes part all the same.
+    """
+    x, y = batch(world)
+    for wanted in (set(), {0}):
+        head = ClassParallelLSoftmaxLoss(D, C, dtype=torch.float64)
+        mine = x[world.rows].clone().requires_grad_(world.rank in wanted)
+        with Volume() as volume:
+            head(mine, y[world.rows]).backward()
+        assert (volume.numbers["_reduce_scatter_base_"] > 0) == bool(wanted)
+        assert (mine.grad is not None) == (world.rank in wanted)
+
+
+class Order(TorchDispatchMode):
+    """Notes when the products of backward are computed, and when their sums set out and arrive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.lsoftmax.shard_bwd.default:
+            self.events += [
+                name for name, need in zip(("dX", "dW"), args[-2:], strict=True) if need
+            ]
+        return out
+
+    def reduce_scatter(self, *args: Any, **kwargs: Any) -> Any:
+        self.events.append("sets out")
+        self.work = _reduce_scatter(*args, **kwargs)
+        return self
+
+    def wait(self) -> None:
+        self.events.append("arrives")
+        self.work.wait()
+
+
+def dx_travels_meanwhile(world: World) -> None:
+    """While dW is computed; but for chunks, whose exponentials are made once for both."""
+    x, y = batch(world)
+    for options, expected in (
+        ({}, ["dX", "sets out", "dW", "arrives"]),
+        ({"memory_budget": 1}, ["dX", "dW", "sets out", "arrives"]),
+    ):
+        head = ClassParallelLSoftmaxLoss(D, C, **options)
+        loss = head(x[world.rows].float().requires_grad_(), y[world.rows])
+        with pytest.MonkeyPatch.context() as patch, Order() as order:
+            patch.setattr(class_parallel, "_reduce_scatter", order.reduce_scatter)
+            loss.backward()
+        assert order.events == expected
