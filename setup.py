@@ -11,6 +11,7 @@ LSOFTMAX_WERROR       1: warnings in our own code are errors
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -78,12 +79,12 @@ def find_cuda_home() -> Path:
     raise NoKernelsError(f"there is no nvcc {where}: install the CUDA toolkit or set CUDA_HOME")
 
 
-def ask(*command: str) -> str:
+def ask(*command: str, remedy: str = "") -> str:
     """What a compiler says about itself."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise NoKernelsError(f"{command[0]} does not run ({error})") from None
+        raise NoKernelsError(f"{command[0]} does not run ({error}){remedy}") from None
 
 
 def check_release(nvcc_version: str, home: Path, torch: Any) -> str:
@@ -158,8 +159,16 @@ def with_kernels() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nvcc": release,
         "archs": os.environ["TORCH_CUDA_ARCH_LIST"],
-        "cxx": ask(*shlex.split(cpp_extension.get_cxx_compiler()), "--version").split("\n")[0],
+        "cxx": ask(
+            *shlex.split(cpp_extension.get_cxx_compiler()),
+            "--version",
+            remedy=": install a C++ compiler or set CXX",
+        ).split("\n")[0],
+        # Of the ops: kernels built in place may come to lie beside newer sources.
+        "interface": hashlib.sha256((ROOT / "csrc/engine.h").read_bytes()).hexdigest(),
     }
+    if not cpp_extension.is_ninja_available():
+        say("lsoftmax: there is no ninja, so one file is compiled at a time: pip install ninja")
 
     class BuildKernels(cpp_extension.BuildExtension):  # type: ignore[misc]
         def run(self) -> None:

@@ -20,6 +20,8 @@ import lsoftmax
 
 from . import _extension
 
+MIN_CAPABILITY = (8, 0)  # as in setup.py
+NO_KERNEL_IMAGE = 'CUDA says "no kernel image is available"'
 REBUILD = "LSOFTMAX_CUDA=1 pip install --force-reinstall --no-deps . (in lsoftmax's source tree)"
 
 
@@ -64,17 +66,22 @@ def registrations() -> list[str]:
 def advice(status: _extension.Status, driver: str, nvcc: str) -> list[str]:
     """What to do about each fault there is, the one to mend first coming first."""
     cuda = torch.version.cuda
-    if not cuda:
-        if driver:
-            return [
-                "This torch is a CPU build on a machine with a GPU: install a CUDA build of torch."
-            ]
-        return []
-    if status.built and not status.loaded:
-        return [status.reason]
     todo = []
+    if not cuda and driver:
+        todo.append(
+            "This torch is a CPU build on a machine with a GPU: install a CUDA build of torch."
+        )
+    if status.built and not status.loaded:
+        return [*todo, status.reason]
+    if not cuda:
+        return todo
     if not status.built:
         wanted = cuda.split(".")[0]
+        if (Path(__file__).parents[1] / "setup.py").is_file():
+            todo.append(
+                f"This is lsoftmax's source tree ({Path(__file__).parents[1]}), which hides an "
+                "installed package: run from another directory."
+            )
         todo.append(f"{status.reason} CUDA tensors run in plain PyTorch.")
         if not nvcc:
             todo.append(f"Install the CUDA {wanted} toolkit, or set CUDA_HOME to where it is.")
@@ -83,17 +90,26 @@ def advice(status: _extension.Status, driver: str, nvcc: str) -> list[str]:
                 f"nvcc is of CUDA {nvcc}, torch of CUDA {cuda}: set CUDA_HOME to a CUDA {wanted} "
                 "toolkit."
             )
-        todo.append(f"Then {REBUILD}.")
+        todo.append(
+            f"Then {REBUILD}. Where compiling takes all memory, with MAX_JOBS=1 in front of it."
+        )
     if not torch.cuda.is_available():
         why = "see nvidia-smi and CUDA_VISIBLE_DEVICES" if driver else "there is no NVIDIA driver"
         todo.append(f"torch sees no GPU ({why}).")
     for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        if status.loaded and not covers(status.archs, (major, minor)):
+        capability = torch.cuda.get_device_capability(i)
+        if not status.loaded or covers(status.archs, capability):
+            continue
+        arch = f"{capability[0]}.{capability[1]}"
+        fault = f"GPU {i} is of compute capability {arch}, the kernels are for {status.archs}"
+        if capability < MIN_CAPABILITY:
             todo.append(
-                f"GPU {i} is of compute capability {major}.{minor}, the kernels are for "
-                f"{status.archs}: TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}."
+                f"{fault}, never for less than 8.0 ({NO_KERNEL_IMAGE}). Use the CPU, or plain "
+                "PyTorch: LSOFTMAX_CUDA=0 pip install --force-reinstall --no-deps ."
             )
+        else:
+            arch += "a" if arch == "9.0" else ""  # with Hopper's matrix instructions
+            todo.append(f"{fault} ({NO_KERNEL_IMAGE}): TORCH_CUDA_ARCH_LIST={arch} {REBUILD}.")
     return todo
 
 

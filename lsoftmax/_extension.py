@@ -6,6 +6,7 @@ crash: so the build leaves `_build_info.json` beside it, which is read and compa
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -80,19 +81,35 @@ def why_unfit(info: dict[str, Any], torch_version: str, cuda: str | None) -> str
     return ""
 
 
+def _is_stale(info: dict[str, Any], package: Path) -> bool:
+    """Whether kernels built in place are older than the sources beside them, which an import would
+    end the process for: the ops have other arguments.
+    """
+    header = package.parent / "csrc" / "engine.h"
+    if "interface" not in info or not header.is_file():
+        return False
+    return hashlib.sha256(header.read_bytes()).hexdigest() != info["interface"]
+
+
 def load() -> None:
     """Imports the kernels if they were built for this torch. Called once, by `import lsoftmax`.
 
     Warns (RuntimeWarning) where kernels were built but cannot be used; raises nothing.
     """
     global _status
-    info = read_build_info(Path(__file__).parent)
+    package = Path(__file__).parent
+    info = read_build_info(package)
     built = "torch" in info or importlib.util.find_spec(f"{__package__}._C") is not None
     if not built:
         reason = "The CUDA kernels were not built when lsoftmax was installed"
         reason += f": {info['missing']}." if "missing" in info else "."
     else:
         reason = why_unfit(info, str(torch.__version__), torch.version.cuda)
+        if not reason and _is_stale(info, package):
+            reason = (
+                "The kernels were built from other sources than lie here. Build them again: "
+                "pip install --no-build-isolation --no-deps -e ."
+            )
     if built and not reason:
         try:
             importlib.import_module(f"{__package__}._C")
