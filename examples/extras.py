@@ -7,13 +7,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def needed() -> Iterator[None]:
+def needed(extra: str = "examples") -> Iterator[None]:
     """Around imports: a package that is not installed ends the program with what to do."""
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise SystemExit(
-            f"This example needs {package}, which is not installed: "
-            'pip install "lsoftmax[examples]"'
+            f'This example needs {package}, which is not installed: pip install "lsoftmax[{extra}]"'
         ) from None

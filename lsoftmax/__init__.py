@@ -6,6 +6,7 @@ from . import ops_shard as ops_shard
 from ._extension import cuda_available
 from .diagnostics import MarginStats, collapse_warning, margin_stats
 from .modules import LSoftmaxLinear, LSoftmaxLoss
+from .published import from_published
 from .schedule import LambdaSchedule
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "MarginStats",
     "collapse_warning",
     "cuda_available",
+    "from_published",
     "functional",
     "margin_stats",
     "reference",

@@ -1,0 +1,59 @@
+"""The layer in other libraries: their examples, run as a user runs them, but shorter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # theirs
+]
+
+
+def test_lightning(tmp_path: Path) -> None:
+    """Trained, annealed, and in Lightning's own checkpoint."""
+    pytest.importorskip("lightning", reason="needs lightning")
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    import lightning_digits
+
+    figures = lightning_digits.main(epochs=8, folder=str(tmp_path))
+    assert figures["accuracy"] > 0.85
+    assert figures["lam"] < 100
+    (path,) = tmp_path.rglob("*.ckpt")
+    restored = lightning_digits.Digits.load_from_checkpoint(path, steps=1, map_location="cpu")
+    assert float(restored.head.lam) == pytest.approx(figures["lam"])
+    assert restored.head.schedule.steps == 8 * 20
+
+
+def test_timm() -> None:
+    try:
+        import timm
+        import torchvision
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+        pytest.skip(f"needs timm and a torchvision that fits torch: {error}")
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    assert timm
+    assert torchvision
+    import timm_finetune
+
+    assert timm_finetune.main(epochs=3) > 0.6
+
+
+@pytest.mark.parametrize("network", ["test_vit", "test_convnext"])
+def test_other_networks_of_timm(network: str) -> None:
+    """One step through bodies of other kinds: features of their size, and gradients everywhere."""
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"needs timm and a torchvision that fits torch: {error}")
+    import lsoftmax
+
+    body = timm.create_model(network, pretrained=False, num_classes=0)
+    head = lsoftmax.LSoftmaxLoss(body.num_features, 7)
+    size = body.pretrained_cfg["input_size"]
+    head(body(torch.randn(2, *size)), torch.tensor([0, 6])).backward()
+    parameters = [*body.parameters(), *head.parameters()]
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in parameters)

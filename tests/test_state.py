@@ -1,0 +1,231 @@
+"""State on its way through files, copies, the meta device, other versions and optimizers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lsoftmax import LambdaSchedule, LSoftmaxLinear, LSoftmaxLoss
+
+LAYERS = (LSoftmaxLoss, LSoftmaxLinear)
+
+
+def curve() -> LambdaSchedule:
+    return LambdaSchedule(base=10.0, gamma=0.5, power=2.0, minimum=0.3)
+
+
+def held() -> LambdaSchedule:
+    return LambdaSchedule(base=10.0, gamma=0.5, power=2.0, minimum=0.3, keep=0.6)
+
+
+def constant() -> LambdaSchedule:
+    return LambdaSchedule.constant(0.5)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 6), torch.randint(5, (8,))
+
+
+def trained(layer: type, lam: LambdaSchedule, steps: int = 3) -> nn.Module:
+    head = layer(6, 5, margin=3, lam=lam)
+    for _ in range(steps):
+        head(*batch())
+    return head
+
+
+def saved(value: Any, **options: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda head: pickle.loads(pickle.dumps(head)),
+        lambda head: saved(head, weights_only=False),
+        copy.deepcopy,
+    ],
+    ids=["pickle", "save", "deepcopy"],
+)
+def test_a_copy_goes_on_alike_and_apart(copied, layer: type, schedule) -> None:
+    head = trained(layer, schedule())
+    other = copied(head)
+    assert repr(other) == repr(head)
+    for _ in range(2):
+        x, y = batch()
+        assert torch.equal(head(x, y), other(x, y))
+    assert torch.equal(head.lam, other.lam)
+    head(*batch())
+    assert head.schedule.is_constant or other.schedule.steps == 5
+
+
+@pytest.mark.parametrize("schedule", [curve, held])
+def test_a_schedule_alone(schedule) -> None:
+    one = schedule()
+    one.step()
+    other = pickle.loads(pickle.dumps(one))
+    one.step()
+    other.step()
+    assert repr(one) == repr(other)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+
+
+@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_file_of_tensors_alone(layer: type, schedule) -> None:
+    """weights_only=True refuses whatever is no tensor."""
+    head, other = trained(layer, schedule()), layer(6, 5, margin=3, lam=schedule())
+    other.load_state_dict(saved(head.state_dict(), weights_only=True))
+    x, y = batch()
+    assert torch.equal(head(x, y), other(x, y))
+    assert torch.equal(head.lam, other.lam)
+
+
+# ---- checkpoints of another schedule -------------------------------------------------------------
+
+
+def test_a_checkpoint_from_before_keep_goes_on_at_its_lam() -> None:
+    """Red where the share starts from nothing, which is lam = 1000 again."""
+    head = trained(LSoftmaxLoss, curve(), steps=40)
+    state = head.state_dict()
+    assert set(state) == {"linear.weight", "schedule.steps", "schedule.lam"}
+    other = LSoftmaxLoss(6, 5, margin=3, lam=held())
+    other.load_state_dict(state)
+    assert other.schedule.steps == 40
+    torch.testing.assert_close(other.schedule.upcoming(), head.lam, rtol=1e-6, atol=0)
+    assert "schedule.share" not in state
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "names"),
+    [
+        (curve, constant, {"steps", "lam"}),
+        (held, constant, {"steps", "lam", "share"}),
+        (held, curve, {"share"}),
+    ],
+)
+def test_another_annealing_is_refused(before, now, names: set[str]) -> None:
+    """Strictly; without it, what both have is loaded."""
+    state = trained(LSoftmaxLoss, before()).state_dict()
+    head = LSoftmaxLoss(6, 5, margin=3, lam=now())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*schedule\."):
+        head.load_state_dict(state)
+    result = head.load_state_dict(state, strict=False)
+    assert result.missing_keys == []
+    assert set(result.unexpected_keys) == {f"schedule.{name}" for name in names}
+    assert torch.equal(head.linear.weight, state["linear.weight"])
+    assert head.schedule.is_constant or head.schedule.steps == 3
+
+
+# ---- the meta device -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_loaded_by_assignment(layer: type, schedule) -> None:
+    """A model made on the meta device takes the checkpoint's tensors as they are; what is in no
+    checkpoint must not stay behind.
+    """
+    head = trained(layer, schedule())
+    with torch.device("meta"):
+        other = layer(6, 5, margin=3, lam=schedule())
+    other.load_state_dict(head.state_dict(), assign=True)
+    assert not [name for name, each in other.named_buffers() if each.is_meta]
+    other = other.to("cpu")
+    x, y = batch()
+    assert torch.equal(copy.deepcopy(head)(x, y), other(x, y))
+
+
+@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_made_empty_and_reset(layer: type, schedule) -> None:
+    """As sharded training does it: every module of its own numbers has reset_parameters()."""
+    with torch.device("meta"):
+        head = layer(6, 5, margin=3, lam=schedule())
+    head.to_empty(device="cpu")
+    for buffer in head.buffers():
+        buffer.fill_(7)  # what an uninitialised one may hold
+    for parameter in head.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    for module in head.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = schedule()
+    for name in ("steps", "lam", "share"):
+        assert torch.equal(getattr(head.schedule, name), getattr(fresh, name))
+    assert all(parameter.isfinite().all() for parameter in head.parameters())
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+
+def test_no_weight_decay_on_the_head() -> None:
+    """Groups by name; the schedule is no parameter."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 6), "head": LSoftmaxLoss(6, 5)})
+    names = [name for name, _ in model.named_parameters()]
+    assert names == ["body.weight", "body.bias", "head.linear.weight"]
+    groups: dict[bool, list] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[not name.startswith("head.")].append((name, parameter))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": 0.1},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=0.5,
+    )
+    before = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model["body"].weight, before["body"].weight * 0.95)
+    assert torch.equal(model["head"].linear.weight, before["head"].linear.weight)
+
+
+def test_scaled_gradients() -> None:
+    """float16 with a GradScaler: the gradients of the training without one; a step whose gradients
+    overflow is left out, and training goes on.
+    """
+    head = LSoftmaxLoss(16, 5, margin=4, lam=curve())
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    x, y = torch.randn(32, 16, requires_grad=True), torch.randint(5, (32,))
+    twin = copy.deepcopy(head)
+    with torch.autocast("cpu", torch.float16):
+        scaler.scale(head(x, y)).backward()
+        loss = twin(x.detach(), y)
+    loss.backward()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(
+        head.linear.weight.grad, twin.linear.weight.grad, rtol=1e-3, atol=1e-5
+    )
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(head.linear.weight, twin.linear.weight)
+
+    before = head.linear.weight.clone()
+    scaler.update(2.0**40)
+    for expected in (2.0**39, 2.0**38):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = head(x, y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(head.linear.weight, before)
+        assert scaler.get_scale() == expected
+    assert head.lam.isfinite()
