@@ -6,6 +6,7 @@
 #                         the command itself needs; used as it is, without network
 #   PYTEST_ARGS=...       more for pytest
 #   BENCH_ARGS=...        for the benchmarks; `make bench BENCH_ARGS=--help` says which there are
+#   MUTATIONS_ARGS=...    for the planted faults: --jobs 8, -k schedule; --help says which there are
 # and what setup.py reads: LSOFTMAX_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, LSOFTMAX_WERROR.
 
 SHELL := /bin/bash
@@ -16,6 +17,7 @@ VENV ?= .venv
 PYTHON ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTATIONS_ARGS ?=
 
 # nvcc on PATH may be a wrapper without a toolkit around it: prefer the usual place.
 ifeq ($(CUDA_HOME)$(CUDA_PATH),)
@@ -43,21 +45,24 @@ endif
 
 SOURCES := $(wildcard csrc/* lsoftmax/*.py lsoftmax/py.typed) setup.py pyproject.toml MANIFEST.in
 SETTINGS := $(LSOFTMAX_CUDA)/$(LSOFTMAX_WERROR)/$(TORCH_CUDA_ARCH_LIST)/$(CUDA_HOME)$(CUDA_PATH)
-PYTHON_FILES := $(wildcard lsoftmax tests examples benchmarks) setup.py
+PYTHON_FILES := $(wildcard lsoftmax tests examples benchmarks docs) setup.py
 C_DIRS := csrc tests tests/emulation
 C_FILES := $(wildcard $(foreach dir,$(C_DIRS),$(dir)/*.cu $(dir)/*.cuh $(dir)/*.cpp $(dir)/*.h))
 
-.PHONY: help demo demo-distributed test test-install bench lint format gpu-check kernel-report install clean FORCE
+.PHONY: help demo demo-distributed test test-install test-mutations test-nightly docs bench lint format gpu-check kernel-report install clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo          train on the handwritten digits with softmax and L-Softmax; saves a picture'
 	@echo 'make demo-distributed  the digits in two processes that share the classes, and in one'
 	@echo 'make test          all tests, then all of them again on the emulated CUDA kernels'
+	@echo 'make test-nightly  many more cases, a fuzzer, a soak, kills: docs/reliability.md (an hour)'
 	@echo 'make test-install  build and install in every supported way (minutes; network)'
+	@echo 'make test-mutations  plants faults, one at a time, and sees whether the tests notice (an hour)'
 	@echo 'make bench         the layer beside everything else; BENCH_ARGS="--quick" in two minutes'
 	@echo 'make gpu-check     on a machine with a GPU: kernels, tests, benchmark, compute-sanitizer'
 	@echo 'make kernel-report compile every kernel for every device; registers, shared memory, spills'
+	@echo 'make docs          the documentation, as pages in docs/_build/html'
 	@echo 'make lint          ruff, clang-format and mypy, checking only'
 	@echo 'make format        ruff and clang-format, rewriting'
 	@echo 'make install       what all of these begin with'
@@ -118,6 +123,10 @@ test: $(STATE)/package
 	cd tests && $(PY) -m pytest $(PYTEST_ARGS)
 	cd tests && $(PY) -m pytest --backend emulation $(PYTEST_ARGS)
 
+test-nightly: $(STATE)/package
+	cd tests && $(PY) -m pytest -m nightly $(PYTEST_ARGS)
+	cd tests && $(PY) -m pytest --backend emulation -m nightly $(PYTEST_ARGS)
+
 test-install: $(STATE)/package
 	cd tests && $(PY) -m pytest -m install test_install.py $(PYTEST_ARGS)
 
@@ -127,6 +136,10 @@ PEERS := $(if $(shell command -v nvidia-smi),bench-gpu,bench)
 $(STATE)/bench: $(STATE)/package
 	$(if $(PYTHON),,$(PIP) install 'lsoftmax[$(PEERS)]')
 	@touch $@
+
+# Of the sources, not of the installed package; in build/mutations. An interrupted run goes on.
+test-mutations: $(STATE)/package
+	cd tests && $(PY) -m mutations $(MUTATIONS_ARGS)
 
 bench: $(STATE)/bench
 	$(PY) -m benchmarks $(BENCH_ARGS)
@@ -170,6 +183,17 @@ endef
 kernel-report: $(STATE)/package
 	$(PY) -m benchmarks.kernels
 
+# ---- pages --------------------------------------------------------------------------------------
+
+$(STATE)/docs: $(STATE)/package
+	$(if $(PYTHON),,$(PIP) install 'lsoftmax[docs]')
+	@touch $@
+
+# From docs/, so that it is the installed package whose docstrings are read.
+docs: $(STATE)/docs
+	cd docs && $(PY) -m sphinx -W --keep-going -n -q -E . _build/html
+	@echo docs/_build/html/index.html
+
 # ---- looks --------------------------------------------------------------------------------------
 
 $(STATE)/lint: $(STATE)/package
@@ -188,5 +212,5 @@ format: $(STATE)/lint
 	$(dir $(PY))clang-format -i $(C_FILES)
 
 clean:
-	rm -rf build dist *.egg-info lsoftmax/_C.* lsoftmax/_build_info.json
+	rm -rf build dist docs/_build *.egg-info lsoftmax/_C.* lsoftmax/_build_info.json
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

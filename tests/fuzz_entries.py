@@ -1,0 +1,305 @@
+"""The public entries as the fuzzer sees them: arguments, and what a result of them must be."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lsoftmax
+from lsoftmax import functional, reference
+from lsoftmax.distributed import ClassParallelLSoftmaxLoss
+
+N, D, C = 4, 3, 5
+Make = Callable[[], Any]
+
+# Anything for any argument. No large numbers that a size or a margin could take: memory and time
+# of that order would be spent as asked.
+ODD: list[Any] = [
+    *(None, True, False, -1, 0, 1, 2, 7, 2**62, 2**63, -(2**63) - 1, 2**70, 10**400),
+    *(0.5, 1.5, -0.5, 1e-320, 1e39, -1e300, float("nan"), float("inf"), -float("inf"), 2j),
+    *(
+        "",
+        "mean",
+        "cpu",
+        "nowhere",
+        b"4",
+        [],
+        [1],
+        (),
+        {},
+        set(),
+        object(),
+        int,
+        len,
+        ...,
+        range(3),
+    ),
+    *(np.int64(3), np.float32(0.5), np.float64(0.5), np.zeros(3), np.array(2), Fraction(1, 2)),
+    *(torch.float32, torch.int64, torch.complex64, torch.device("cpu"), torch.device("meta")),
+]
+
+
+def tensors(n: int = N, d: int = D) -> list[Tensor]:
+    """Tensors of every kind and of shapes that mostly do not fit."""
+    x = torch.randn(n, d)
+    return [
+        *(x, x.double(), x.half(), x.bfloat16(), x.long(), x.bool(), x.to(torch.complex64)),
+        *(
+            x[0],
+            x[:0],
+            x[:, :0],
+            x[None],
+            x[0, 0],
+            x.t(),
+            x.t().contiguous().t(),
+            x.expand(2, n, d),
+        ),
+        *(x.to("meta"), x.to_sparse(), x.to_sparse_csr(), x.clone().requires_grad_()),
+        *(x * float("nan"), x * 1e30, x * 1e-30, torch.zeros(n, d), torch.full((n, d), -torch.inf)),
+        *(torch.arange(n), torch.arange(n).int(), torch.full((n,), C), torch.full((n,), -100)),
+        *(torch.full((n,), -1), torch.tensor(2), torch.tensor(2**62), torch.arange(2)[:, None]),
+        *(torch.tensor(0.5), torch.tensor(-1.0), torch.tensor(float("inf")), torch.rand(C)),
+        *(torch.zeros(C), torch.rand(C).double(), torch.rand(C).to_sparse(), torch.rand(C + 1)),
+        torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        torch.nn.Parameter(torch.randn(C, D)),
+    ]
+
+
+@dataclass
+class Entry:
+    """A public function: arguments that are right, and what its result must be then."""
+
+    name: str
+    call: Callable[..., Any]
+    good: dict[str, Make]
+    judge: Callable[[dict[str, Any], Any], None]
+    # Words of errors that are not ours, each with the reason why they may stand.
+    theirs: tuple[str, ...] = ()
+    odd: dict[str, list[Any]] = field(default_factory=dict)
+
+
+class WrongError(Exception):
+    """What the fuzzer is here to find."""
+
+
+def require(fact: bool, words: str) -> None:
+    if not fact:
+        raise WrongError(words)
+
+
+# ---- what a result must be -----------------------------------------------------------------------
+
+
+def modest(*values: Any) -> bool:
+    """Whether tensors are finite and of a size that no type overflows from."""
+    on_hand = (v for v in values if isinstance(v, Tensor) and not v.is_meta)
+    return all(bool((v.double().abs() < 100).all()) for v in on_hand)
+
+
+def kept_weight(a: dict[str, Any]) -> bool:
+    """Whether a mean has anything to divide by."""
+    kept = a["target"] != a["ignore_index"]
+    if a["weight"] is None:
+        return bool(kept.any())
+    return bool(kept.any()) and bool(a["weight"].double()[a["target"][kept]].sum() > 0)
+
+
+def judge_loss(a: dict[str, Any], loss: Tensor) -> None:
+    wide = a["input"].dtype == torch.float64
+    require(loss.dtype == (torch.float64 if wide else torch.float32), f"type {loss.dtype}")
+    shape = a["target"].shape if a["reduction"] == "none" else ()
+    require(loss.shape == shape, f"shape {loss.shape}")
+    sure = modest(a["input"], a["linear_weight"], a["weight"], a["lam"]) and not loss.is_meta
+    if sure and float(a["lam"]) >= 0 and (a["reduction"] != "mean" or kept_weight(a)):
+        require(bool(loss.isfinite().all()), f"not finite: {loss}")
+        options = {key: value for key, value in a.items() if key != "memory_budget"}
+        options["input"], options["linear_weight"] = (
+            a[key].detach().double() for key in ("input", "linear_weight")
+        )
+        truth = reference.lsoftmax_loss(**options)
+        require(torch.allclose(loss.double(), truth, 1e-4, 1e-4), f"{loss} for {truth}")
+
+
+def judge_logits(a: dict[str, Any], logits: Tensor) -> None:
+    require(logits.dtype == a["input"].dtype, f"type {logits.dtype}")
+    shape = (*a["input"].shape[:-1], a["linear_weight"].shape[0])
+    require(logits.shape == shape, f"shape {logits.shape}")
+    if modest(a["input"], a["linear_weight"], a["lam"]) and not logits.is_meta:
+        require(float(a["lam"]) < 0 or bool(logits.isfinite().all()), f"not finite: {logits}")
+
+
+def judge_psi(a: dict[str, Any], value: Tensor) -> None:
+    c = a["cos_theta"]
+    require((value.shape, value.dtype) == (c.shape, c.dtype), "another shape or type")
+    if not c.is_meta and c.numel() and bool((c.double().abs() <= 1).all()):
+        m = int(a["margin"])
+        require(bool((value.double() <= 1.01).all()), f"psi above 1: {value}")
+        require(bool((value.double() >= 0.99 - 2 * m).all()), f"psi below 1 - 2m: {value}")
+
+
+def judge_plan(a: dict[str, Any], plan: Any) -> None:
+    require(plan.class_chunk >= 0 and plan.row_chunk >= 0 and plan.bytes >= 0, str(plan))
+
+
+def judge_schedule(a: dict[str, Any], schedule: Any) -> None:
+    require(bool(schedule.lam.isfinite()) and bool(schedule.lam >= 0), f"lam {schedule.lam}")
+    schedule.step()
+    require(bool(schedule.lam.isfinite()) and bool(schedule.lam >= 0), f"lam {schedule.lam}")
+    require(schedule.lam.dtype == torch.float32, "type of lam")
+
+
+def judge_layer(a: dict[str, Any], layer: torch.nn.Module) -> None:
+    require(layer.lam.is_meta or bool(layer.lam >= 0), f"lam {layer.lam}")
+    linear = getattr(layer, "linear", layer)
+    require(linear.weight.shape[1] == a["in_features"], "shape")
+
+
+def judge_stats(a: dict[str, Any], stats: Any) -> None:
+    require(stats.buckets.shape == (int(a["margin"]),), f"buckets {stats.buckets.shape}")
+    lsoftmax.collapse_warning(stats) if not stats.angle.is_meta else None
+
+
+def judge_words(a: dict[str, Any], words: Any) -> None:
+    require(words is None or isinstance(words, str), f"{words!r}")
+
+
+def anything(a: dict[str, Any], value: Any) -> None:
+    """The reference checks nothing, on purpose: only that the process lives."""
+
+
+# ---- the entries ---------------------------------------------------------------------------------
+
+MATRICES: dict[str, Make] = {
+    "input": lambda: torch.randn(N, D),
+    "linear_weight": lambda: torch.randn(C, D),
+    "target": lambda: torch.randint(C, (N,)),
+    "margin": lambda: random.choice((1, 2, 4, 9)),
+    "lam": lambda: random.choice((0.0, 1.5, torch.tensor(0.5))),
+}
+OPTIONS: dict[str, Make] = {
+    "weight": lambda: random.choice((None, torch.rand(C))),
+    "reduction": lambda: random.choice(("mean", "sum", "none")),
+    "ignore_index": lambda: random.choice((-100, 0)),
+    "label_smoothing": lambda: random.choice((0.0, 0.1, 1)),
+}
+BUDGET: dict[str, Make] = {"memory_budget": lambda: random.choice((None, 1, 200, 10**6))}
+SCHEDULE: dict[str, Make] = {
+    "minimum": lambda: 0.5,
+    "keep": lambda: random.choice((0.0, 0.6)),
+    "auto_step": lambda: True,
+}
+LAYER: dict[str, Make] = {
+    "in_features": lambda: D,
+    "margin": lambda: 3,
+    "lam": lambda: random.choice((None, 0.5, lsoftmax.LambdaSchedule(10, 1, 1))),
+    "device": lambda: None,
+    "dtype": lambda: None,
+}
+# torch's: what a device is, and that there is no room for 2^62 numbers.
+DEVICE = r"[Dd]evice|\bmeta\b|CUDA|NVIDIA"
+ANY = ("",)
+SIZE = r"size|[Oo]verflow|allocate|memory|long"
+
+
+def stats_of(**a: Any) -> Any:
+    return lsoftmax.margin_stats(**a)
+
+
+def entries(distributed: bool) -> list[Entry]:
+    stats = lsoftmax.margin_stats(torch.randn(N, D), torch.randn(C, D), torch.zeros(N).long())
+    cosines = {"cos_theta": lambda: torch.rand(N) * 2 - 1, "margin": MATRICES["margin"]}
+    steps = {"total_steps": lambda: random.choice((1, 100, 10**6)), **SCHEDULE}
+    curve = {
+        "base": lambda: 1000.0,
+        "gamma": lambda: random.choice((0, 0.1)),
+        "power": lambda: random.choice((0, 2.0)),
+        **SCHEDULE,
+    }
+    everything = {**MATRICES, **OPTIONS, **BUDGET}
+    loss_layer = {**LAYER, "num_classes": lambda: C, **OPTIONS, **BUDGET}
+    all_entries = [
+        Entry("lsoftmax_loss", functional.lsoftmax_loss, everything, judge_loss),
+        Entry("lsoftmax_linear", functional.lsoftmax_linear, MATRICES, judge_logits),
+        Entry(
+            "psi",
+            functional.psi,
+            cosines,
+            judge_psi,
+        ),
+        Entry(
+            "plan",
+            functional.plan,
+            {name: everything[name] for name in PLAN},
+            judge_plan,
+        ),
+        Entry("LambdaSchedule", lsoftmax.LambdaSchedule, curve, judge_schedule),
+        Entry("for_steps", lsoftmax.LambdaSchedule.for_steps, steps, judge_schedule),
+        Entry("by_angle", lsoftmax.LambdaSchedule.by_angle, SCHEDULE, judge_schedule),
+        Entry("LSoftmaxLoss", lsoftmax.LSoftmaxLoss, loss_layer, judge_layer, (DEVICE, SIZE)),
+        Entry(
+            "LSoftmaxLinear",
+            lsoftmax.LSoftmaxLinear,
+            {**LAYER, "out_features": lambda: C},
+            judge_layer,
+            (DEVICE, SIZE),
+        ),
+        Entry("margin_stats", stats_of, MATRICES, judge_stats),
+        Entry("collapse_warning", lsoftmax.collapse_warning, {"stats": lambda: stats}, judge_words),
+        # The specification is plain torch and checks nothing: all errors are torch's and Python's.
+        *(
+            Entry(f"reference.{f.__name__}", f, arguments, anything, ANY)
+            for f, arguments in (
+                (reference.psi, cosines),
+                (reference.lsoftmax_loss, {**MATRICES, **OPTIONS}),
+                (reference.lsoftmax_linear, MATRICES),
+            )
+        ),
+    ]
+    if distributed:
+        more = {
+            "process_group": lambda: None,
+            "sample_rate": lambda: random.choice((1.0, 0.5)),
+            "seed": lambda: 1,
+            "max_local_batch": lambda: None,
+            "averaged": lambda: True,
+        }
+        all_entries.append(
+            Entry(
+                "ClassParallelLSoftmaxLoss",
+                ClassParallelLSoftmaxLoss,
+                {**loss_layer, **more},
+                judge_layer,
+                (DEVICE, SIZE),
+            )
+        )
+    return all_entries
+
+
+PLAN = ("input", "linear_weight", "reduction", "memory_budget")
+
+
+class Forward:
+    """A layer's forward: one that failed is no training step."""
+
+    def __init__(self, layer: torch.nn.Module, distributed: bool = False) -> None:
+        self.layer, self.distributed = layer, distributed
+        self.before = self.state()
+
+    def state(self) -> list[Tensor]:
+        state = self.layer.state_dict().values()
+        return [(t.to_local() if hasattr(t, "to_local") else t).clone() for t in state]
+
+    def __call__(self, **arguments: Any) -> Any:
+        self.before = self.state()
+        return self.layer(**arguments)
+
+    def assert_untouched(self) -> None:
+        same = all(torch.equal(a, b) for a, b in zip(self.before, self.state(), strict=True))
+        require(same, "a forward that failed has changed parameters or schedule")

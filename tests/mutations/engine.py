@@ -1,0 +1,98 @@
+"""Faults of the kernels' host code, seen by their emulation."""
+
+from __future__ import annotations
+
+from .kernels import CHUNKS, OPTIONS, SIZES, kernel
+
+CHUNK_OPTIONS = "test_chunks.py::test_every_option"
+
+FAULTS = [
+    kernel(
+        "products of 16-bit factors are rounded to 16 bits",
+        "host.h",
+        "matmul(std::move(out), a.to(type), b.to(type), add);",
+        "const Tensor narrow = at::mm(a, b); add ? out.add_(narrow) : out.copy_(narrow);",
+        SIZES,
+    ),
+    kernel(
+        "the target's part goes into a bfloat16 E",
+        "loss.h",
+        "return !shard && e_is_wide() && c() <= 1024;",
+        "return !shard && c() <= 1024;",
+        "test_edges.py::test_features_on_their_class_vectors",
+        "test_edges.py::test_nearly_certain_rows_keep_their_digits",
+        SIZES,
+        OPTIONS,
+    ),
+    kernel(
+        "a gradient a row is read as one",
+        "loss_steps.cpp",
+        "params.grad_per_row = grad.defined() && grad.dim() == 1;",
+        "params.grad_per_row = false;",
+        OPTIONS,
+    ),
+    kernel(
+        "smoothing: divided by the rows for the classes",
+        "loss_steps.cpp",
+        "static_cast<double>(loss.c());\n    C10_CUDA_CHECK(launch_backward_rows",
+        "static_cast<double>(loss.n());\n    C10_CUDA_CHECK(launch_backward_rows",
+        OPTIONS,
+    ),
+    kernel(
+        "class chunks: a last chunk of one class is lost",
+        "class_chunks.cpp",
+        "for (int64_t first = 0; first < c; first += chunk) {\n"
+        "    const int64_t width = std::min(chunk, c - first);\n"
+        "    make_logits(loss, panel, first, width);\n    loss_rows",
+        "for (int64_t first = 0; first < c - 1; first += chunk) {\n"
+        "    const int64_t width = std::min(chunk, c - first);\n"
+        "    make_logits(loss, panel, first, width);\n    loss_rows",
+        CHUNKS,
+    ),
+    kernel(
+        "class chunks: dX of the last chunk alone",
+        "class_chunks.cpp",
+        "w.narrow(0, first, width).to(e_type), /*add=*/first > 0);",
+        "w.narrow(0, first, width).to(e_type), /*add=*/false);",
+        CHUNKS,
+    ),
+    kernel(
+        "class chunks: dX summed in 16 bits",
+        "class_chunks.cpp",
+        "matmul(product, e, w.narrow(0, first, width).to(e_type), /*add=*/first > 0);",
+        "{ matmul(product, e, w.narrow(0, first, width).to(e_type), /*add=*/first > 0);"
+        " product.copy_(product.to(x.scalar_type())); }",
+        CHUNKS,
+        CHUNK_OPTIONS,
+    ),
+    kernel(
+        "row chunks: dW of the last chunk alone",
+        "row_chunks.cpp",
+        "upstream.scaled_x, /*add=*/first > 0);",
+        "upstream.scaled_x, /*add=*/false);",
+        CHUNKS,
+    ),
+    kernel(
+        "row chunks: every chunk's losses in the place of the first's",
+        "row_chunks.cpp",
+        "rows.part(first, count, saved)",
+        "rows.part(0, count, saved)",
+        CHUNKS,
+    ),
+    kernel(
+        "row chunks: the divisor is each chunk's own",
+        "row_chunks.cpp",
+        "    const Upstream upstream =\n",
+        "    loss_sum(part, mean, Rows(), {Tensor(), divisor, Tensor()}, scope.stream);\n"
+        "    const Upstream upstream =\n",
+        CHUNKS,
+        CHUNK_OPTIONS,
+    ),
+    kernel(
+        "Hopper: taken with label smoothing too",
+        "fused_forward.cpp",
+        "!loss.smooth() && ",
+        "",
+        "test_digits.py::test_smoothing_with_the_fused_forward_switched_on",
+    ),
+]
