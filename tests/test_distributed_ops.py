@@ -70,7 +70,7 @@ def added_up(
         loss = total * both - q_y * f - uniform * weighted
     else:
         # Not F.softplus, which is its argument beyond 20.
-        loss, target_gradient = own * torch.logaddexp(gap, 0 * gap), own * t
+        loss, target_gradient = own * torch.logaddexp(gap, torch.zeros_like(gap)), own * t
 
     dx, dw = torch.zeros_like(x, dtype=wide(dtype)), []
     shares = target_gradient * torch.stack((beta, gamma, alpha))
