@@ -52,7 +52,12 @@ def connected(inputs: int, outputs: int, activation: str = "prelu") -> list[nn.M
 
 
 def small(
-    images: Tensor, features: int, activation: str = "prelu", *, widths: Sequence[int] = (16, 32)
+    images: Tensor,
+    features: int,
+    activation: str = "prelu",
+    *,
+    widths: Sequence[int] = (16, 32),
+    pool: int = 1,
 ) -> nn.Sequential:
     """A few convolutions, nearly all with stride 2, and a fully connected layer: for two cores.
 
@@ -61,9 +66,13 @@ def small(
         features: D.
         activation: ``"prelu"`` or ``"relu"``.
         widths: channels of the convolutions with stride 2; one without follows.
+        pool: the network sees the mean of so many by so many pixels.
     """
     channels, height, width = images.shape[1:]
     layers: list[nn.Module] = [Standardise.of(images)]
+    if pool > 1:
+        layers.append(nn.AvgPool2d(pool))
+        height, width = height // pool, width // pool
     for outputs in widths:
         layers += convolution(channels, outputs, 5, activation, stride=2)
         channels, height, width = outputs, -(-height // 2), -(-width // 2)
