@@ -21,7 +21,7 @@ __global__ void anneal_kernel(Anneal p) {
     *p.steps += 1;
     *p.lam = *p.next_lam;
   }
-  if (p.cosine == nullptr) return;
+  if (p.cosine == nullptr || isinf(*p.cosine)) return;
   constexpr double kPi = 3.14159265358979323846;
   // fmax takes the number where the other is NaN: no angle at all.
   const double c = fmin(fmax(static_cast<double>(*p.cosine), 0.0), 1.0);

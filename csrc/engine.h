@@ -27,12 +27,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_and_gradients(
     int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t row_chunk,
     bool need_input, bool need_weight);
 
-std::tuple<at::Tensor, at::Tensor> shard_fwd(const at::Tensor& input,
-                                             const at::Tensor& linear_weight,
-                                             const at::Tensor& target, int64_t margin,
-                                             const at::Tensor& lam,
-                                             const std::optional<at::Tensor>& smoothing, bool save,
-                                             int64_t class_chunk);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> shard_fwd(const at::Tensor& input,
+                                                         const at::Tensor& linear_weight,
+                                                         const at::Tensor& target, int64_t margin,
+                                                         const at::Tensor& lam,
+                                                         const std::optional<at::Tensor>& smoothing,
+                                                         bool save, int64_t class_chunk);
 
 std::tuple<at::Tensor, at::Tensor> shard_bwd(
     const at::Tensor& rows, const at::Tensor& input, const at::Tensor& linear_weight,

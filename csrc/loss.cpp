@@ -5,6 +5,28 @@
 #include "engine.h"
 
 namespace lsoftmax {
+namespace {
+
+// In budget: dX and dW from E and what is added to its products.
+std::pair<Tensor, Tensor> products(const Loss& loss, const Upstream& upstream, const Tensor& e,
+                                   bool need_input, bool need_weight, cudaStream_t stream) {
+  Tensor product, dx, dw;
+  if (need_input) {
+    product = at::empty({e.size(0), loss.d()}, loss.wide());
+    matmul(product, e, loss.w.to(e.scalar_type()));
+    const bool in_place = loss.x.scalar_type() == product.scalar_type();
+    dx = in_place ? product.narrow(0, 0, loss.n()) : at::empty_like(loss.x);
+  }
+  if (need_weight) {
+    dw = at::empty_like(loss.w, e.options());
+    matmul(dw, e.t(), upstream.scaled_x);
+  }
+  finish_gradients(loss.x, loss.w, loss.y, upstream.of(loss), product, dx, dw, 0, /*wide=*/false,
+                   stream);
+  return {dx, need_weight ? dw.to(loss.w.scalar_type()) : dw};
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, int64_t margin,
@@ -59,29 +81,14 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
   if (n == 0) {
     if (need_input) dx = at::empty_like(input);
     if (need_weight) dw = at::zeros_like(linear_weight);
-  } else if (class_chunk > 0) {
-    const Upstream upstream =
-        backward_rows(loss, grad.contiguous(), divisor, rows, need_weight, scope.stream);
-    std::tie(dx, dw) = backward_class_chunks(loss, upstream, rows, rows[4], class_chunk, need_input,
-                                             need_weight, scope.stream);
   } else {
     const Upstream upstream =
         backward_rows(loss, grad.contiguous(), divisor, rows, need_weight, scope.stream);
-    const Tensor e_used = corner(e, e_rows, c);
-    Tensor product;
-    if (need_input) {
-      product = at::empty({e_rows, loss.d()}, loss.wide());
-      matmul(product, e_used, loss.w.to(e.scalar_type()));
-      const bool in_place = loss.x.scalar_type() == product.scalar_type();
-      dx = in_place ? product.narrow(0, 0, n) : at::empty_like(loss.x);
-    }
-    if (need_weight) {
-      dw = at::empty_like(loss.w, e.options());
-      matmul(dw, e_used.t(), upstream.scaled_x);
-    }
-    finish_gradients(loss.x, loss.w, loss.y, upstream.of(loss), product, dx, dw, 0,
-                     /*wide=*/false, scope.stream);
-    if (need_weight) dw = dw.to(loss.w.scalar_type());
+    std::tie(dx, dw) =
+        class_chunk > 0
+            ? backward_class_chunks(loss, upstream, rows, rows[4], class_chunk, need_input,
+                                    need_weight, scope.stream)
+            : products(loss, upstream, corner(e, e_rows, c), need_input, need_weight, scope.stream);
   }
   const Tensor none = dx.defined() && dw.defined() ? Tensor() : at::empty({0}, input.options());
   return {dx.defined() ? dx : none, dw.defined() ? dw : none};

@@ -234,7 +234,10 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(LossRows<T> p) {
   __shared__ SharedArray<MarginTerms, 1> margin;
   A start = kLowest<A>;
   if (first && y < 0) {
-    if (threadIdx.x == 0) margin[0] = MarginTerms{};
+    if (threadIdx.x == 0) {
+      margin[0] = MarginTerms{};
+      if (p.row_cosine != nullptr) p.row_cosine[i] = 0;
+    }
   } else if (first) {
     const Products sum = block_reduce(products(p.x + i * p.d, p.w + y * p.d, p.d), AddProducts{});
     if (threadIdx.x == 0) {

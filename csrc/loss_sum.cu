@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_sum_kernel(LossSum<Acc> p) {
   const double divisor = p.mean ? sum.weight : 1;
   if (p.loss != nullptr) *p.loss = static_cast<Acc>(sum.loss / divisor);
   if (p.cosine != nullptr) {
-    *p.cosine = static_cast<float>(sum.cosine / (sum.kept > 0 ? sum.kept : 1));
+    *p.cosine = sum.kept > 0 ? static_cast<float>(sum.cosine / sum.kept) : INFINITY;
   }
   if (p.divisor != nullptr) *p.divisor = static_cast<Acc>(divisor);
 }

@@ -50,7 +50,7 @@ struct LossRows {
   double* state;      // (7, N), from chunk to chunk; null: there is one
   Acc* row_loss;      // (N,), with the last chunk, and so
   Acc* rows;          // (5, N): scale; input, weight and target share; reference; or null
-  float* row_cosine;  // (N,), with the first chunk: of x_i and w_y, 0 in ignored rows; or null
+  float* row_cosine;  // (N,), with the first chunk: of x_i and w_y, 0 without w_y; or null
   int64_t n, d, c, first_class, width, z_stride, e_stride;
   int64_t ignore_index;
   double label_smoothing;
@@ -95,7 +95,7 @@ struct LossSum {
 };
 
 // Sum, or mean over the kept targets' weights, of the row losses; what it was divided by; and the
-// mean cosine of the kept rows, 0 where there is none.
+// mean cosine of the kept rows, inf where there is none.
 template <typename Acc>
 cudaError_t launch_loss_sum(const LossSum<Acc>& params, cudaStream_t stream);
 
@@ -196,7 +196,7 @@ struct Anneal {
   float* lam;
   float* share;           // (), each
   const float* next_lam;  // (), of the step that is taken; null: none is
-  const float* cosine;    // (), the mean of a batch; null: nothing was measured
+  const float* cosine;    // (), the mean of a batch; null, or inf: nothing was measured
   double keep, memory;    // of the running mean over batches
   int margin;
 };

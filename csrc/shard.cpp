@@ -45,10 +45,11 @@ std::pair<Tensor, Tensor> products(const Loss& loss, const Upstream& upstream, c
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> shard_fwd(const Tensor& input, const Tensor& linear_weight,
-                                     const Tensor& target, int64_t margin, const Tensor& lam,
-                                     const std::optional<Tensor>& smoothing, bool save,
-                                     int64_t class_chunk) {
+std::tuple<Tensor, Tensor, Tensor> shard_fwd(const Tensor& input, const Tensor& linear_weight,
+                                             const Tensor& target, int64_t margin,
+                                             const Tensor& lam,
+                                             const std::optional<Tensor>& smoothing, bool save,
+                                             int64_t class_chunk) {
   const Scope scope(input);
   const Loss loss = check_shard(input, linear_weight, target, smoothing, class_chunk);
   check_margin(margin, lam, loss.x);
@@ -59,12 +60,13 @@ std::tuple<Tensor, Tensor> shard_fwd(const Tensor& input, const Tensor& linear_w
   const bool whole_packs = !keep_e || !loss.e_is_wide();  // as in loss_fwd
   const Panel panel = make_panel(loss, n, whole_packs ? padded(chunk) : c, keep_e);
   const Tensor sums = at::empty({7, n}, loss.wide().dtype(at::kDouble));
+  const Rows rows{Tensor(), at::empty({n}, loss.wide().dtype(at::kFloat)), Tensor()};
   for (int64_t first = 0; first < c; first += chunk) {
     const int64_t width = std::min(chunk, c - first);
     if (n > 0) make_logits(loss, panel, first, width);
-    loss_rows(loss, terms, panel, first, width, sums, Rows(), scope.stream);
+    loss_rows(loss, terms, panel, first, width, sums, rows, scope.stream);
   }
-  return {keep_e ? panel.e : at::empty({0}, loss.e_options()), sums};
+  return {keep_e ? panel.e : at::empty({0}, loss.e_options()), sums, rows.cosine};
 }
 
 std::tuple<Tensor, Tensor> shard_bwd(const Tensor& rows, const Tensor& input,

@@ -162,7 +162,7 @@ def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is under way: the ops have first derivatives in reverse
     mode only, plain torch has all that there are.
     """
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
 
 
 def kind(value: object) -> str:

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from .autograd import once
 from .margin import accumulate_type, namespace, vector
 from .panels import RowSums
-from .rows import NONE, reduce, row_terms, saved_rows, valid_targets
+from .rows import NONE, mean_or_inf, reduce, row_terms, saved_rows, valid_targets
 
 # Named anew in torch 2.13, which warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -66,7 +65,9 @@ def gather_targets(
     here = (labels >= classes.start) & (labels < classes.stop)
     if kept is not None:
         here &= kept
-    return Targets(labels, kept, torch.where(here, labels - classes.start, -1))
+    # Outside only on a GPU, where nobody looked: the loss will be NaN, no lookup is to assert.
+    in_range = labels.clamp(0, num_classes - 1)
+    return Targets(in_range, kept, torch.where(here, labels - classes.start, -1))
 
 
 class Options(NamedTuple):
@@ -109,7 +110,7 @@ def loss(
     Returns:
         The loss: scalar, or of all N rows without a reduction; a process's gradient may then be 0
         but for its own rows, for they are added up. And the mean cosine between features and their
-        class vectors, 0-dim, 0 unless it is measured.
+        class vectors, 0-dim, inf without any kept row, 0 unless it is measured.
     """
     return _Loss.apply(input, linear_weight, targets, lam, weight, smoothing, options)
 
@@ -133,8 +134,7 @@ class _Loss(torch.autograd.Function):
         x = all_gather(input, options.size, 0.0, options.group)
         if kept is not None:
             x = torch.where(kept.unsqueeze(1), x, 0.0)  # may be NaN, and 0 * NaN is not 0
-        e, sums = _shard_sums(x, linear_weight, here, lam, smoothing, options)
-        cosines = _cosines(x, linear_weight, here) if options.measure else None
+        e, sums, cosines = _shard_sums(x, linear_weight, here, lam, smoothing, options)
         own_reference = sums[0]
         margins, totals, cosine = _all_reduce(sums, here, cosines, options)
         terms = row_terms(
@@ -219,7 +219,7 @@ def _shard_sums(
     lam: Tensor,
     smoothing: Tensor | None,
     options: Options,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``shard_fwd``, also of a process without classes."""
     if linear_weight.shape[0] > 0:
         return torch.ops.lsoftmax.shard_fwd(
@@ -228,19 +228,11 @@ def _shard_sums(
         )
     sums = x.new_zeros(7, x.shape[0], dtype=torch.float64)
     sums[0] = -torch.finfo(accumulate_type(x.dtype)).max
-    return x.new_empty(0), sums
-
-
-def _cosines(x: Tensor, linear_weight: Tensor, here: Tensor) -> Tensor:
-    """Between each feature and its class vector, (N,); 0 where that is not here."""
-    if linear_weight.shape[0] == 0:
-        return x.new_zeros(x.shape[0])
-    own = linear_weight.index_select(0, here.clamp(min=0))
-    return torch.where(here >= 0, F.cosine_similarity(x.float(), own.float()), 0.0)
+    return x.new_empty(0), sums, x.new_zeros(x.shape[0], dtype=torch.float32)
 
 
 def _all_reduce(
-    sums: Tensor, here: Tensor, cosines: Tensor | None, options: Options
+    sums: Tensor, here: Tensor, cosines: Tensor, options: Options
 ) -> tuple[tuple[Any, ...], RowSums, Tensor]:
     """The margin and the sums of each row over all shards; and the mean of the cosines, 0-dim.
 
@@ -251,7 +243,7 @@ def _all_reduce(
     dist.all_reduce(reference, dist.ReduceOp.MAX, group=options.group)
     others = sums[1] * torch.exp(sums[0] - reference)
     parts = [others.unsqueeze(0), sums[2:], (here >= 0).unsqueeze(0)]
-    if cosines is not None:
+    if options.measure:
         parts.append(cosines.unsqueeze(0))
     reduced = torch.cat([part.double() for part in parts])
     dist.all_reduce(reduced, group=options.group)
@@ -262,6 +254,7 @@ def _all_reduce(
     totals.reference, totals.others = vector(reference), vector(others)
     if totals.weighted is not None:
         totals.weighted = vector(weighted)
-    count = claims.sum().clamp(min=1)
-    cosine = measured[0].sum() / count if measured else count.new_zeros(())
+    cosine = claims.new_zeros(())
+    if measured:
+        cosine = mean_or_inf(measured[0].sum(), claims.sum())
     return (vector(f), vector(alpha), vector(beta), vector(gamma)), totals, cosine

@@ -151,7 +151,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         size, needs_grad = self._agree(x)
         group, classes = self.process_group, self.linear.classes
         targets = gather_targets(target, size, classes, self.num_classes, self.ignore_index, group)
-        if self.sampling is not None and self._is_training():
+        if self.sampling is not None and self.training and torch.is_grad_enabled():
             w, targets = self._sample(self.sampling, w, targets)
 
         dtype = accumulate_type(x.dtype)
@@ -218,7 +218,8 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         self, sampling: ClassSampling, w: Tensor, targets: Targets
     ) -> tuple[Tensor, Targets]:
         """The sampled rows of W, and the targets as rows of these."""
-        chosen = sampling(targets.here, w.shape[0], self.process_group.rank())
+        rank, again = self.process_group.rank(), not self._is_training()
+        chosen = sampling(targets.here, w.shape[0], rank, again)
         place = chosen.new_full((w.shape[0] + 1,), -1)  # the last: of what is not here, -1
         place[chosen] = torch.arange(chosen.shape[0], device=chosen.device)
         return w.index_select(0, chosen), targets._replace(here=place[targets.here])

@@ -126,7 +126,7 @@ def loss_and_cosine(
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`lsoftmax_loss`, and what annealing by angle goes by: the mean cosine between the kept
-    rows and their class vectors, 0-dim float32, 0 without any, no gradient.
+    rows and their class vectors, 0-dim float32, inf without any, no gradient.
     """
     input, linear_weight = autocast(input, linear_weight)
     check_matrices(input, linear_weight, target)

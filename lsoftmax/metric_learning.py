@@ -104,6 +104,8 @@ class LargeMarginSoftmaxLoss(losses.LargeMarginSoftmaxLoss, _Annealed):  # type:
         """What the reducer is given: a loss for each embedding."""
         common.labels_required(labels)
         common.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        if self.W.device != embeddings.device:  # as the library does
+            self.to(embeddings.device)
         class_vectors = self.W.t().to(embeddings.dtype)
         if self.collect_stats:
             self.get_angles(F.cosine_similarity(embeddings, class_vectors[labels]))

@@ -14,7 +14,7 @@ from .ops import library, register_portable
 
 library.define(
     "shard_fwd(Tensor input, Tensor linear_weight, Tensor target, int margin, Tensor lam, "
-    "Tensor? smoothing, bool save, int class_chunk) -> (Tensor e, Tensor sums)"
+    "Tensor? smoothing, bool save, int class_chunk) -> (Tensor e, Tensor sums, Tensor cosine)"
 )
 library.define(
     "shard_bwd(Tensor rows, Tensor input, Tensor linear_weight, Tensor target, Tensor? smoothing, "
@@ -35,11 +35,12 @@ def _shard_fwd_fake(
     smoothing: Tensor | None,
     save: bool,
     class_chunk: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     shape, dtype = portable.e_storage(input, linear_weight.shape[0], smoothing is not None)
     return (
         input.new_empty(shape if save and class_chunk == 0 else [0], dtype=dtype),
         input.new_empty([7, input.shape[0]], dtype=torch.float64),
+        input.new_empty([input.shape[0]], dtype=torch.float32),
     )
 
 

@@ -55,7 +55,8 @@ def anneal_(
     Args:
         steps, lam, share: 0-dim int64, float32, float32.
         next_lam: of the step that is taken, 0-dim float32; None: none is.
-        cosine: the mean of a batch, 0-dim float32, NaN counting as 0; None: nothing was measured.
+        cosine: the mean of a batch, 0-dim float32, NaN counting as 0; None, or inf, which is the
+            mean of no rows: nothing was measured.
         margin: of the layer.
         keep: the share of softmax's logit that the target's is to keep at the mean angle.
         memory: of the running mean over batches.
@@ -66,12 +67,12 @@ def anneal_(
     if cosine is None:
         return
     xp = namespace(share)
-    c = vector(cosine)
+    c, old = vector(cosine), vector(share)
+    none = xp.isinf(c)
     c = _at_most(_at_least(xp.where(xp.isnan(c), 0.0, c), 0.0), 1.0)
     taken = c - 1.0 + 2 * margin / math.pi * xp.arccos(c)  # cos - psi
     allowed = _at_most((1 - keep) * c / _at_least(taken, 1e-6), 1.0)
-    old = vector(share)
-    share.copy_(torch.as_tensor(old + (1 - memory) * (allowed - old)))
+    share.copy_(torch.as_tensor(old + xp.where(none, 0.0, (1 - memory) * (allowed - old))))
 
 
 def _at_least(number: Any, bound: float) -> Any:

@@ -27,8 +27,8 @@ def shard_fwd(
     smoothing: Tensor | None,
     save: bool,
     class_chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """E, where ``save`` and no ``class_chunk``, and the shard's sums.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E, where ``save`` and no ``class_chunk``, the shard's sums, and its rows' cosines.
 
     Args:
         input: (N, D).
@@ -43,7 +43,7 @@ def shard_fwd(
         ``smoothing``, as of ``loss_fwd``; or an empty tensor. And (7, N) float64: r, about the
         largest z_j (minus the largest number of the logits' type where there is none), sum of
         exp(z_j - r), sum of smoothing_j z_j, all over j != y; and f, alpha, beta, gamma where the
-        target is here, else 0.
+        target is here, else 0. And (N,) float32, the cosine between x_i and w_y, 0 likewise.
     """
     n, num_classes = input.shape[0], linear_weight.shape[0]
     smooth = smoothing is not None
@@ -60,10 +60,13 @@ def shard_fwd(
     )
     xp = namespace(input)
     here = xp.asarray(target) >= 0
-    *margins, _ = margin_terms(input, linear_weight, target.clamp(min=0), margin, lam, sums.plain)
+    *margins, cosines = margin_terms(
+        input, linear_weight, target.clamp(min=0), margin, lam, sums.plain
+    )
     own = (xp.where(here, value, 0.0) for value in margins)
     weighted = 0.0 * sums.others if sums.weighted is None else sums.weighted
-    return e, stacked((sums.reference, sums.others, weighted, *own), torch.float64)
+    row_sums = stacked((sums.reference, sums.others, weighted, *own), torch.float64)
+    return e, row_sums, torch.as_tensor(xp.where(here, cosines, 0.0)).float()
 
 
 def shard_bwd(

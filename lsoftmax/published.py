@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .modules import LSoftmaxLinear, LSoftmaxLoss
+from .modules import LSoftmaxLinear, LSoftmaxLoss, _Annealed
 from .schedule import LambdaSchedule
 
 __all__ = ["from_published"]
@@ -93,7 +94,9 @@ def _of_module(source: nn.Module) -> _Source:
     names = [kind.__name__ for kind in type(source).__mro__]
     # Of pytorch-metric-learning's losses that have a W, the others compute something else.
     if names[0] == "LargeMarginSoftmaxLoss" and isinstance(getattr(source, "W", None), Tensor):
-        return _Source(source.W, float(source.scale), margin, 0.0)  # type: ignore[arg-type]
+        ours = isinstance(source, _Annealed)  # the adapter to it
+        lam = copy.deepcopy(source.schedule) if ours else 0.0
+        return _Source(source.W, float(source.scale), margin, lam)  # type: ignore[arg-type]
     shape = (getattr(source, "input_dim", None), getattr(source, "output_dim", None))
     weight = getattr(source, "weight", None)
     if margin is None or not isinstance(weight, Tensor) or tuple(weight.shape) != shape:

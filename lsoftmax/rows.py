@@ -11,6 +11,7 @@ distribution, dz_j = g (A p_j - q_j), where A = sum of q and g is the upstream g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -129,11 +130,16 @@ def reduce(
 
 
 def mean_cosine(cosines: Vector, kept: Tensor | None) -> Tensor:
-    """The mean over the kept rows, a 0-dim float32 tensor; 0 where none is kept."""
+    """The mean over the kept rows, a 0-dim float32 tensor; inf where none is kept."""
     rows = torch.as_tensor(cosines).float()
     if kept is None:
-        return rows.mean() if rows.numel() else rows.new_zeros(())
-    return torch.where(kept, rows, 0.0).sum() / kept.sum().clamp_(min=1)
+        return rows.mean() if rows.numel() else rows.new_full((), math.inf)
+    return mean_or_inf(torch.where(kept, rows, 0.0).sum(), kept.sum())
+
+
+def mean_or_inf(total: Tensor, count: Tensor) -> Tensor:
+    """total / count, and inf, which no mean of cosines is, of nothing."""
+    return torch.where(count > 0, total / count, math.inf)
 
 
 def divisor_of(

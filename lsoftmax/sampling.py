@@ -39,15 +39,17 @@ class ClassSampling(nn.Module):
         self._generator = torch.Generator(device)
 
     @torch.no_grad()
-    def forward(self, target: Tensor, num_classes: int, rank: int) -> Tensor:
+    def forward(self, target: Tensor, num_classes: int, rank: int, again: bool = False) -> Tensor:
         """The sample of the step that begins: sorted rows of the shard.
 
         Args:
             target: (N,), a row of the shard, or -1.
             num_classes: rows of the shard.
             rank: the shard's.
+            again: the step counted last, whose forward an activation checkpoint runs once more.
         """
-        sequence = np.random.SeedSequence((self.seed, rank, self._drawn))
+        draw = self._drawn - 1 if again else self._drawn
+        sequence = np.random.SeedSequence((self.seed, rank, draw))
         self._generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         size = self.size(num_classes, target.shape[0])
         keys = torch.rand(num_classes + 1, generator=self._generator, device=target.device)

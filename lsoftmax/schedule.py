@@ -45,7 +45,7 @@ class LambdaSchedule(nn.Module):
 
     A schedule belongs to one layer: two that share it would each advance it. Activation
     checkpointing of the layer (``torch.utils.checkpoint``), which runs its forward twice, counts as
-    one step.
+    one step (docs/ecosystem.md has the exceptions).
 
     Args:
         base: lam before the first step, >= 0.
@@ -170,13 +170,14 @@ class LambdaSchedule(nn.Module):
 
     def commit(self, lam: Tensor) -> None:
         """Take the step whose lam is ``lam`` (from :meth:`upcoming`), in place."""
-        self._anneal(lam, None, 1)
+        self._anneal(lam.detach(), None, 1)
 
     def observe(self, cosine: Tensor, margin: int) -> None:
         """Take in, for ``keep``, the mean cosine between a batch's features and their classes.
 
         Args:
-            cosine: 0-dim float tensor on the schedule's device; NaN counts as 0, no angle at all.
+            cosine: 0-dim float tensor on the schedule's device; NaN counts as 0, no angle at all;
+                inf, the mean of no rows, as nothing measured.
             margin: of the layer.
         """
         self._anneal(None, cosine.detach().float(), margin)
@@ -252,6 +253,7 @@ class LambdaSchedule(nn.Module):
             state_dict.setdefault(prefix + "share", 1 / (1 + state_dict[prefix + "lam"]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("assign_to_params_buffers"):  # into a layer made on the meta device
+            self.lam, self.share = self.lam.float(), self.share.float()  # from a 16-bit checkpoint
             for name, value in {"steps": 0, "share": 0, "lam": self.value(0)}.items():
                 buffer = getattr(self, name)
                 if buffer.is_meta:  # not in the checkpoint

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import lsoftmax
 from distributed_run import World, assert_close, plain_twin, same_everywhere
@@ -168,6 +169,17 @@ def sampled(world: World) -> None:
         assert_close(whole(head.linear.weight.grad), w.grad, "dW")
     assert not torch.equal(*samples)
     assert head.sampling.draws == 2
+
+    gradients = []
+    for again in (False, True):  # run twice by an activation checkpoint: the same sample
+        twin = ClassParallelLSoftmaxLoss(D, many, **options)
+        twin.load_state_dict(head.state_dict())
+        args = own, y[world.rows]
+        loss = checkpoint(twin, *args, use_reentrant=False) if again else twin(*args)
+        loss.backward()
+        assert twin.sampling.draws == 3
+        gradients.append(whole(twin.linear.weight.grad))
+    assert torch.equal(*gradients)
 
     other = ClassParallelLSoftmaxLoss(D, many, **options)
     other.load_state_dict(head.state_dict())

@@ -81,8 +81,8 @@ def test_the_regimes_above_are_three() -> None:
 
 def test_no_row_has_no_cosine(device: str) -> None:
     p = problem(5, 4, 6, torch.float32, device)
-    assert cosine_of(p.x, p.w, torch.full_like(p.y, IGNORED)) == 0
-    assert cosine_of(p.x[:0], p.w, p.y[:0]) == 0
+    assert cosine_of(p.x, p.w, torch.full_like(p.y, IGNORED)) == math.inf
+    assert cosine_of(p.x[:0], p.w, p.y[:0]) == math.inf
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -91,7 +91,7 @@ def test_mean_cosine_of_the_logits_op(dtype: torch.dtype, device: str) -> None:
     _, cosine = functional.logits_and_cosine(p.x, p.w, p.y, 4, 0.5)
     assert float(cosine) == pytest.approx(true_cosine(p.x, p.w, p.y), abs=1e-6)
     assert not cosine.requires_grad
-    assert functional.logits_and_cosine(p.x[:0], p.w, p.y[:0], 4, 0.5)[1] == 0
+    assert functional.logits_and_cosine(p.x[:0], p.w, p.y[:0], 4, 0.5)[1] == math.inf
 
 
 def numbers(device: str, *values: float) -> list[Tensor]:
@@ -117,7 +117,7 @@ def test_upcoming_lam(curve: tuple[float, ...], least_share: float, device: str)
 
 def test_anneal(device: str) -> None:
     margin, keep, memory = 3, 0.6, 0.9
-    for cosine in (-0.5, 0.0, 0.2, 0.7, 0.95, 1.0, 1.0000001, math.nan):
+    for cosine in (-0.5, 0.0, 0.2, 0.7, 0.95, 1.0, 1.0000001, math.nan, math.inf):
         steps = torch.tensor(41, device=device)
         lam, share, following, measured = numbers(device, 9.0, 0.25, 8.0, cosine)
         for next_lam, of_batch in ((following, None), (None, measured), (following, measured)):
@@ -126,7 +126,7 @@ def test_anneal(device: str) -> None:
             assert int(steps) == before[0] + (next_lam is not None)
             assert float(lam) == (before[1] if next_lam is None else 8.0)
             expected = before[2]
-            if of_batch is not None:
+            if of_batch is not None and cosine != math.inf:  # which says that there was no row
                 c = 0.0 if math.isnan(cosine) else min(max(float(measured), 0.0), 1.0)
                 psi = 1 - 2 * margin * math.acos(c) / math.pi
                 allowed = min(1.0, (1 - keep) * c / max(c - psi, 1e-6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from problems import Problem, problem, relative_error
 
@@ -55,7 +56,7 @@ def added_up(
         torch.ops.lsoftmax.shard_fwd(x, rows, y, *options, of_shard, True, class_chunk)
         for rows, y, of_shard in shards
     ]
-    sums = torch.stack([s for _, s in forward])  # (shards, 7, N)
+    sums = torch.stack([s for _, s, _ in forward])  # (shards, 7, N)
     lse = torch.logsumexp(sums[:, 0] + sums[:, 1].log(), 0)  # L
     weighted, f, alpha, beta, gamma = sums[:, 2:].sum(0)
     own = weight[p.y.where(kept, 0)].where(kept, 0.0)
@@ -75,7 +76,7 @@ def added_up(
     dx, dw = torch.zeros_like(x, dtype=wide(dtype)), []
     shares = target_gradient * torch.stack((beta, gamma, alpha))
     shares[2] += uniform * own  # the constant is in its column too
-    for (rows_of_w, y, of_shard), (e, s) in zip(shards, forward, strict=True):
+    for (rows_of_w, y, of_shard), (e, s, _) in zip(shards, forward, strict=True):
         scale = total * torch.exp(s[0] - both)
         rows = torch.cat((scale[None], shares.where(y >= 0, 0.0), -uniform[None]))
         rows = (0.5 * rows).to(wide(dtype))
@@ -159,13 +160,16 @@ def test_targets_of_one_shard(dtype: torch.dtype, class_chunk: int, device: str)
     x, w, lam = p.x.detach(), p.w.detach(), torch.tensor(0.5, device=device)
     for shard in shards_of(SIZES):
         args = (x, w[shard].contiguous(), local(p.y, shard), MARGIN, lam, None, False, class_chunk)
-        e, sums = torch.ops.lsoftmax.shard_fwd(*args)
+        e, sums, cosines = torch.ops.lsoftmax.shard_fwd(*args)
         assert e.numel() == 0
         if shard.start == 13:
             assert (sums[0] == -torch.finfo(torch.float32).max).all()
             assert (sums[1:3] == 0).all()
             assert (sums[4] != 0).all()
+            truth = F.cosine_similarity(x.double(), w[p.y].double())
+            torch.testing.assert_close(cosines.double(), truth, rtol=0, atol=1e-6)
         else:
+            assert (cosines == 0).all()
             z = x.double() @ w[shard].double().t()
             assert (sums[2:] == 0).all()
             torch.testing.assert_close(sums[0] + sums[1].log(), z.logsumexp(1), rtol=0, atol=1e-5)
@@ -211,9 +215,11 @@ def test_strides_and_repeats(dtype: torch.dtype, class_chunk: int, device: str) 
     rows[1:4].mul_(y >= 0)
 
     def run(x: Tensor, w: Tensor, y: Tensor, smoothing: Tensor, rows: Tensor) -> list[Tensor]:
-        e, sums = torch.ops.lsoftmax.shard_fwd(x, w, y, 3, lam, smoothing, True, class_chunk)
+        e, sums, cosines = torch.ops.lsoftmax.shard_fwd(
+            x, w, y, 3, lam, smoothing, True, class_chunk
+        )
         saved = (smoothing, e, sums[0].to(wide(dtype)), class_chunk, True, True)
-        return [e, sums, *torch.ops.lsoftmax.shard_bwd(rows, x, w, y, *saved)]
+        return [e, sums, cosines, *torch.ops.lsoftmax.shard_bwd(rows, x, w, y, *saved)]
 
     def strided(t: Tensor) -> Tensor:
         return torch.stack((t, torch.full_like(t, 3)), -1)[..., 0]
@@ -232,7 +238,7 @@ def test_gradients_that_are_not_finite(class_chunk: int, device: str) -> None:
     p = problem(6, 12, 13, torch.float32, device)
     x, w, y = p.x.detach(), p.w.detach(), torch.tensor([-1, -1, -1, 4, 0, -1], device=device)
     lam = torch.tensor(0.5, device=device)
-    e, sums = torch.ops.lsoftmax.shard_fwd(x, w, y, 3, lam, None, True, class_chunk)
+    e, sums, _ = torch.ops.lsoftmax.shard_fwd(x, w, y, 3, lam, None, True, class_chunk)
     rows = torch.rand(5, 6).to(device)
     rows[1:4].mul_(y >= 0)
     rows[:, 2:4] *= torch.nan
@@ -261,7 +267,7 @@ def test_the_engine_checks_shards_for_itself(device: str, backend: str) -> None:
     for case in wrong:
         with pytest.raises(RuntimeError, match="expected"):
             run(**case)
-    e, sums = run()
+    e, sums, _ = run()
     rows, reference = torch.rand(5, 4).to(device), sums[0].float()
     wrong = [
         {"e": e[:2]}, {"e": e[:, :6]}, {"smoothing": ones[:7]}, {"rows": rows[:4]},
@@ -294,7 +300,7 @@ def test_opcheck(dtype: torch.dtype, device: str) -> None:
         args = (x, w, y, MARGIN, lam, smoothing, save, chunk)
         torch.library.opcheck(torch.ops.lsoftmax.shard_fwd.default, args)
         if save:
-            e, sums = torch.ops.lsoftmax.shard_fwd(*args)
+            e, sums, _ = torch.ops.lsoftmax.shard_fwd(*args)
             rows = torch.rand(5, 6, dtype=wide(dtype)).to(device)
             saved = (rows, x, w, y, smoothing, e, sums[0].to(wide(dtype)), chunk)
             for needed in ((True, True), (True, False), (False, True)):

@@ -187,6 +187,17 @@ def test_annealing() -> None:
     other.load_state_dict(losses.LargeMarginSoftmaxLoss(C, D).state_dict())
 
 
+def test_follows_the_embeddings_to_their_device() -> None:
+    """As the library's losses do: to the meta device, for there may be no other."""
+    ours = LargeMarginSoftmaxLoss(C, D, lam=LambdaSchedule.by_angle())
+    x = torch.empty(4, D, device="meta", requires_grad=True)
+    y = torch.zeros(4, dtype=torch.int64, device="meta")
+    ours.compute_loss(x, y, None, x, y)
+    assert ours.W.is_meta
+    assert ours.W.t().is_contiguous()
+    assert ours.lam.is_meta
+
+
 def test_half_precision_and_autocast() -> None:
     ours = LargeMarginSoftmaxLoss(C, D)
     x, y = batch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -106,6 +107,12 @@ def test_pytorch_metric_learning(scale: float) -> None:
     if scale == 1:
         again = from_published(theirs.state_dict(), LSoftmaxLoss, margin=3)
         assert torch.equal(again.linear.weight, ours.linear.weight)
+    adapter = importlib.import_module("lsoftmax.metric_learning").LargeMarginSoftmaxLoss
+    annealing = LambdaSchedule(10.0, 0.5, 2.0)
+    annealing.step()
+    goes_on = from_published(adapter(C, D, margin=3, lam=annealing), LSoftmaxLoss)
+    assert goes_on.schedule is not annealing
+    assert torch.equal(goes_on.schedule.upcoming(), annealing.upcoming())
     with pytest.raises(TypeError, match="got ArcFaceLoss"):
         from_published(losses.ArcFaceLoss(C, D), margin=3)
 

@@ -150,6 +150,20 @@ def test_loaded_by_assignment(layer: type, schedule) -> None:
     assert torch.equal(copy.deepcopy(head)(x, y), other(x, y))
 
 
+def test_a_16_bit_checkpoint_loaded_by_assignment() -> None:
+    """The schedule's numbers stay float32, which the ops expect and a running mean needs."""
+    state = trained(LSoftmaxLoss, held()).state_dict()
+    halves = {key: v.bfloat16() if v.is_floating_point() else v for key, v in state.items()}
+    with torch.device("meta"):
+        head = LSoftmaxLoss(6, 5, margin=3, lam=held())
+    head.load_state_dict(halves, assign=True)
+    assert head.linear.weight.dtype == torch.bfloat16
+    assert {head.lam.dtype, head.schedule.share.dtype} == {torch.float32}
+    x, y = batch()
+    head(x.bfloat16(), y).backward()
+    assert head.schedule.steps == 4
+
+
 @pytest.mark.parametrize("schedule", [curve, held, constant])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_made_empty_and_reset(layer: type, schedule) -> None:

@@ -81,6 +81,20 @@ def test_forward_mode_and_second_derivatives(p: Problem) -> None:
     torch.testing.assert_close(second, differences, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_compiled_transforms(function, p: Problem) -> None:
+    """Gradients of 0, silently, once."""
+    x, w = plain(p)
+
+    def loss(w: Tensor) -> Tensor:
+        return function(x, w, p.y, 3, 0.5).square().sum()
+
+    torch._dynamo.reset()
+    for transformed in (grad(loss), lambda w: jvp(loss, (w,), (w,))[1]):
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(w), transformed(w))
+
+
 def test_a_layer_with_a_constant_lam(device: str) -> None:
     head = LSoftmaxLoss(6, 5, lam=0.5).to(device)
     x, y = torch.randn(8, 6, device=device), torch.randint(5, (8,), device=device)

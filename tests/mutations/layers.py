@@ -89,7 +89,7 @@ FAULTS = [
     portable(
         "annealing: ignored rows count in the mean cosine",
         "rows.py",
-        "torch.where(kept, rows, 0.0).sum() / kept.sum().clamp_(min=1)",
+        "mean_or_inf(torch.where(kept, rows, 0.0).sum(), kept.sum())",
         "rows.mean()",
         "test_schedule.py::test_ignored_rows_have_no_angle",
         "test_annealing_ops.py::test_mean_cosine",
@@ -196,8 +196,29 @@ FAULTS = [
     kernel(
         "annealing: the kernel's mean cosine is over all rows, ignored ones too",
         "loss_sum.cu",
-        "sum.kept > 0 ? sum.kept : 1",
-        "p.n",
+        "static_cast<float>(sum.cosine / sum.kept)",
+        "static_cast<float>(sum.cosine / p.n)",
         "test_annealing_ops.py::test_mean_cosine",
+    ),
+    kernel(
+        "annealing: to the kernel a batch without rows has a right angle",
+        "annealing.cu",
+        "p.cosine == nullptr || isinf(*p.cosine)",
+        "p.cosine == nullptr",
+        "test_annealing_ops.py::test_anneal",
+    ),
+    kernel(
+        "shards: the cosine of a target elsewhere is from its last use",
+        "loss_rows.cu",
+        "margin[0] = MarginTerms{};\n      if (p.row_cosine != nullptr) p.row_cosine[i] = 0;",
+        "margin[0] = MarginTerms{};",
+        "test_distributed_ops.py::test_targets_of_one_shard",
+    ),
+    portable(
+        "sampling: an activation checkpoint draws another sample",
+        "sampling.py",
+        "self._drawn - 1 if again else self._drawn",
+        "self._drawn",
+        "test_distributed.py::test_processes_together[3-distributed_training_checks:sampled]",
     ),
 ]
