@@ -58,9 +58,9 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream
   const Panel panel = make_panel(loss, n, padded(chunk), /*keep_e=*/true);
   const auto e_type = panel.e.scalar_type();
   Tensor dx, dw, product, slice;
-  if (need_input) product = at::empty({e_rows, d}, loss.wide());
+  if (need_input) product = allocate("a product", {e_rows, d}, loss.wide());
   if (need_weight) {
-    dw = at::empty_like(w);
+    dw = allocate("the gradient of linear_weight", w.sizes(), w.options());
     if (w.scalar_type() != e_type) slice = at::empty({chunk, d}, panel.e.options());
   }
   const Shares shares = upstream.of(loss);

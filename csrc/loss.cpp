@@ -12,13 +12,13 @@ std::pair<Tensor, Tensor> products(const Loss& loss, const Upstream& upstream, c
                                    bool need_input, bool need_weight, cudaStream_t stream) {
   Tensor product, dx, dw;
   if (need_input) {
-    product = at::empty({e.size(0), loss.d()}, loss.wide());
+    product = allocate("a product", {e.size(0), loss.d()}, loss.wide());
     matmul(product, e, loss.w.to(e.scalar_type()));
     const bool in_place = loss.x.scalar_type() == product.scalar_type();
     dx = in_place ? product.narrow(0, 0, loss.n()) : at::empty_like(loss.x);
   }
   if (need_weight) {
-    dw = at::empty_like(loss.w, e.options());
+    dw = allocate("the gradient of linear_weight", loss.w.sizes(), e.options());
     matmul(dw, e.t(), upstream.scaled_x);
   }
   finish_gradients(loss.x, loss.w, loss.y, upstream.of(loss), product, dx, dw, 0, /*wide=*/false,

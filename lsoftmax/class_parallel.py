@@ -237,7 +237,7 @@ def _all_reduce(
     """The margin and the sums of each row over all shards; and the mean of the cosines, 0-dim.
 
     A target that no shard has makes its row's loss NaN: one outside [0, C) where nobody looks, on
-    a GPU, or a class for which a sample had no room.
+    a GPU.
     """
     reference = sums[0].clone()
     dist.all_reduce(reference, dist.ReduceOp.MAX, group=options.group)

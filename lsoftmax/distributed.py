@@ -58,14 +58,16 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         margin: integer m >= 1; 1 is plain softmax.
         process_group: a ``ProcessGroup``, a 1-D ``DeviceMesh`` (``mesh["name"]`` of a larger one),
             or None for all processes.
-        sample_rate: share of each process's classes in a training step, in (0, 1]. A sample has
-            at least min(N, 4096) classes, if there are so many; targets beyond what it holds make
-            the loss NaN.
+        sample_rate: share of each process's classes in a training step, in (0, 1]. Of
+            fewer classes than the global batch has rows all are taken, and of more at least as many
+            as it has rows: any of them may be a target. Rows of W outside the sample keep a
+            gradient, of 0: it saves products, not memory for gradients.
         seed: of the samples, alike on all processes. What was drawn is counted in ``state_dict()``.
         max_local_batch: the largest batch of any process, where it is known: the processes then
             need not tell each other theirs, every step, before anything else can begin. (They do
             so on the host where the group has a CPU backend, as the default group has; a group
-            with nothing but NCCL waits for the device.) Every batch is padded to it.
+            with nothing but NCCL waits for the device.) Every batch is padded to it, and the
+            gradient of the features is computed even where no process wants it.
         averaged: see above.
         device: of the module; the group must have a backend for it.
         lam, dtype, reduction, ignore_index, label_smoothing: as for :class:`lsoftmax.LSoftmaxLoss`.
@@ -127,6 +129,8 @@ class ClassParallelLSoftmaxLoss(_Annealed):
             checks.check_class_weight(weight, num_classes)
         _check_sampling(sample_rate, label_smoothing)
         where = torch.empty(0, device=device).device
+        if where.type == "meta":
+            raise ValueError("device: expected one that the group communicates on, got meta")
         mesh = mesh_of(process_group, where)
         self.in_features, self.num_classes = in_features, num_classes
         self.linear = ClassShard(in_features, num_classes, mesh, where, dtype)
@@ -206,9 +210,9 @@ class ClassParallelLSoftmaxLoss(_Annealed):
 
     def _agree(self, x: Tensor) -> tuple[int, bool]:
         """The largest batch, and whether any needs a gradient (one without rows may not say so)."""
+        if self.max_local_batch is not None:  # so that all do the same, whatever the others need
+            return self.max_local_batch, torch.is_grad_enabled()
         needs_grad = torch.is_grad_enabled() and x.requires_grad
-        if self.max_local_batch is not None:
-            return self.max_local_batch, needs_grad
         largest = torch.tensor([x.shape[0], needs_grad], device=self._sizes_device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.process_group)
         size, any_needs_grad = largest.tolist()
@@ -234,7 +238,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
 
 
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0
+    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for a model whose parameters are partly sharded.
 
@@ -243,14 +247,16 @@ def clip_grad_norm_(
 
     Args:
         parameters: plain ones, and ``DTensor`` ones of any device mesh (a
-            ``ClassParallelLSoftmaxLoss``, a backbone under ``fully_shard``). Those without a
-            gradient are passed over.
+            ``ClassParallelLSoftmaxLoss``, a backbone under ``fully_shard``), or one. Those
+            without a gradient are passed over.
         max_norm: gradients are scaled to a norm no larger than this.
         norm_type: of the p-norm; inf is the maximum.
 
     Returns:
         The norm before clipping, 0-dim, the same on every process.
     """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
     of_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

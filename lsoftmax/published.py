@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .modules import LSoftmaxLinear, LSoftmaxLoss, _Annealed
 from .schedule import LambdaSchedule
 
@@ -64,12 +65,19 @@ def from_published(
         TypeError: ``source`` is of none of these kinds, or has no integer margin.
         ValueError: no margin is known, a state_dict lacks the weight, or its shape is wrong.
     """
+    if layer is not LSoftmaxLinear and layer is not LSoftmaxLoss:
+        raise TypeError(f"layer: expected LSoftmaxLinear or LSoftmaxLoss, got {layer!r}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a string, got {checks.kind(prefix)}")
     if isinstance(source, nn.Module):
         found = _of_module(source)
+    elif not isinstance(source, Mapping):
+        raise TypeError(f"source: expected a layer or a state_dict, got {checks.kind(source)}")
     else:
         found = _Source(_of_state_dict(source, prefix), 1.0, None, 0.0)
     if margin is None and found.margin is None:
         raise ValueError("margin: a state_dict does not say it: pass margin=")
+    checks.check_dense("weight", found.weight)
     weight = found.weight.detach()
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (D, C), got {tuple(weight.shape)}")

@@ -9,16 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# A sample smaller than this would save no time worth having: below it there is always room for
-# every class that could be a target, whatever the rate.
-_LEAST = 4096
-
 
 class ClassSampling(nn.Module):
     """Keeps the classes that are targets, and random others up to a share of the shard.
 
     How many classes a sample has follows from shapes alone, so that nothing waits for the device:
-    ``rate`` of the shard, but at least the smallest of N, the shard and 4096.
+    ``rate`` of the shard, but at least N or the whole shard, for any of them may be targets.
 
     Args:
         rate: in (0, 1).
@@ -58,7 +54,7 @@ class ClassSampling(nn.Module):
 
     def size(self, num_classes: int, n: int) -> int:
         """How many of a shard's classes a sample has, for a batch of ``n``."""
-        return min(num_classes, max(math.ceil(self.rate * num_classes), min(n, _LEAST)))
+        return min(num_classes, max(math.ceil(self.rate * num_classes), n))
 
     def advance(self) -> None:
         """Count the draw: the next one is another."""

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from . import ops as ops  # defines what follows
-from .checks import check_number, is_transformed, positive
+from .checks import (
+    check_device,
+    check_margin,
+    check_number,
+    is_transformed,
+    kind,
+    lam_tensor,
+    positive,
+)
 
 __all__ = ["LambdaSchedule"]
 
@@ -168,9 +176,13 @@ class LambdaSchedule(nn.Module):
         curve = self.base, self.gamma, self.power, self.minimum
         return _upcoming_op(self.steps, self.share, *curve, least_share)
 
-    def commit(self, lam: Tensor) -> None:
-        """Take the step whose lam is ``lam`` (from :meth:`upcoming`), in place."""
-        self._anneal(lam.detach(), None, 1)
+    def commit(self, lam: float | Tensor) -> None:
+        """Take the step whose lam is ``lam`` (from :meth:`upcoming`), in place.
+
+        Raises:
+            TypeError, ValueError: it is no number >= 0 and no 0-dim float tensor on the device.
+        """
+        self._anneal(lam_tensor(lam, self.lam), None, 1)
 
     def observe(self, cosine: Tensor, margin: int) -> None:
         """Take in, for ``keep``, the mean cosine between a batch's features and their classes.
@@ -179,8 +191,15 @@ class LambdaSchedule(nn.Module):
             cosine: 0-dim float tensor on the schedule's device; NaN counts as 0, no angle at all;
                 inf, the mean of no rows, as nothing measured.
             margin: of the layer.
+
+        Raises:
+            TypeError, ValueError: ``cosine`` is no 0-dim float tensor on the device, or ``margin``
+                is none.
         """
-        self._anneal(None, cosine.detach().float(), margin)
+        if not isinstance(cosine, Tensor) or cosine.dim() != 0 or not cosine.is_floating_point():
+            raise TypeError(f"cosine: expected a 0-dim float tensor, got {kind(cosine)}")
+        check_device("cosine", cosine, self.lam)
+        self._anneal(None, cosine.detach().float(), check_margin(margin))
 
     def begin_step(self) -> Tensor:
         """lam for a training forward: :meth:`upcoming` with ``auto_step``, else as it is.

@@ -203,6 +203,7 @@ def arguments(world: World) -> None:
         (ValueError, "max_local_batch: expected an integer >= 1", {"max_local_batch": 0}),
         (ValueError, "reduction: expected one of", {"reduction": "max"}),
         (ValueError, "weight: expected one per class", {"weight": torch.ones(C - 1)}),
+        (ValueError, "device: expected one that the group", {"device": "meta"}),
     ):
         with pytest.raises(error, match=text):
             ClassParallelLSoftmaxLoss(D, C, **options)

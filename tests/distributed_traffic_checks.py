@@ -66,6 +66,11 @@ def frozen_backbone(world: World) -> None:
             head(mine, y[world.rows]).backward()
         assert (volume.numbers["_reduce_scatter_base_"] > 0) == bool(wanted)
         assert (mine.grad is not None) == (world.rank in wanted)
+    # Where nobody asks what the others need, all take part in everything: none waits for ever.
+    head = ClassParallelLSoftmaxLoss(D, C, dtype=torch.float64, max_local_batch=max(world.sizes))
+    mine = x[world.rows].clone().requires_grad_(world.rank == 0)
+    head(mine, y[world.rows]).backward()
+    assert (mine.grad is not None) == (world.rank == 0)
 
 
 class Order(TorchDispatchMode):

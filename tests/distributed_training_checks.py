@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lsoftmax
 from distributed_run import World, assert_close, plain_twin, same_everywhere
-from lsoftmax import sampling
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss, clip_grad_norm_
 
 F, D, C = 5, 6, 11
@@ -72,6 +71,8 @@ def assert_same_training(
         parameters = [*backbone.parameters(), *head.parameters()]
         twin_parameters = [*twin_backbone.parameters(), *twin.parameters()]
         norm = clip_grad_norm_(parameters, 0.05)
+        again = clip_grad_norm_(parameters[0], torch.inf)  # of one alone, as torch's takes it
+        assert_close(again, whole(parameters[0].grad).norm(), "norm of one")
         twin_norm = nn.utils.clip_grad_norm_(twin_parameters, 0.05)
         assert_close(norm, twin_norm, "norm", bound)
         assert twin_norm > 0.05, "nothing was clipped"
@@ -188,10 +189,9 @@ def sampled(world: World) -> None:
     twin = plain_twin(head, lam=1.0)
     assert_close(head(own, y[world.rows]), twin(x, y), "evaluation: all classes")
 
-    sampling._LEAST = 0
-    few = ClassParallelLSoftmaxLoss(D, many, sample_rate=0.01)
-    first = torch.arange(n)[world.rows] % 5  # five targets of the first shard, and room for one
-    assert few(own.detach().float(), first).isnan(), "no room, and no word about it"
+    few = ClassParallelLSoftmaxLoss(D, many, sample_rate=0.01, lam=1.0, dtype=torch.float64)
+    first = torch.arange(n)[world.rows]  # all different, all of the first shard where it has them
+    assert few(own.detach(), first).isfinite(), "there is room for every target"
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
@@ -301,6 +301,18 @@ def survivor(world: World, what_happens: Any) -> None:
 
 def dies(world: World) -> None:
     survivor(world, lambda: None)
+
+
+def raises(world: World) -> None:
+    """As a program ends that an exception has left."""
+
+    def fail() -> None:
+        head = ClassParallelLSoftmaxLoss(D, C, max_local_batch=1)
+        with pytest.raises(ValueError, match="at most max_local_batch"):
+            head(torch.ones(2, D), torch.zeros(2, dtype=torch.int64))
+        dist.destroy_process_group()
+
+    survivor(world, fail)
 
 
 def hangs(world: World) -> None:

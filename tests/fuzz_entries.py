@@ -132,7 +132,14 @@ def judge_logits(a: dict[str, Any], logits: Tensor) -> None:
     shape = (*a["input"].shape[:-1], a["linear_weight"].shape[0])
     require(logits.shape == shape, f"shape {logits.shape}")
     if modest(a["input"], a["linear_weight"], a["lam"]) and not logits.is_meta:
-        require(float(a["lam"]) < 0 or bool(logits.isfinite().all()), f"not finite: {logits}")
+        if float(a["lam"]) < 0:
+            return
+        wide = (a[key].detach().double() for key in ("input", "linear_weight"))
+        truth = reference.lsoftmax_linear(*wide, a["target"], a["margin"], a["lam"])
+        bound = 1e-4 if logits.element_size() >= 4 else 2e-2
+        scale = 1 + truth.abs().max() if truth.numel() else 1
+        close = bool(((logits.double() - truth).abs() <= bound * scale).all())  # no NaN is
+        require(close, f"{logits} for {truth}")
 
 
 def judge_psi(a: dict[str, Any], value: Tensor) -> None:
@@ -153,6 +160,34 @@ def judge_schedule(a: dict[str, Any], schedule: Any) -> None:
     schedule.step()
     require(bool(schedule.lam.isfinite()) and bool(schedule.lam >= 0), f"lam {schedule.lam}")
     require(schedule.lam.dtype == torch.float32, "type of lam")
+
+
+def annealed(method: str) -> Callable[..., Any]:
+    """A method of a schedule: one that failed has changed nothing."""
+
+    def call(**arguments: Any) -> Any:
+        schedule = lsoftmax.LambdaSchedule.by_angle()
+        before = [state.clone() for state in schedule.buffers()]
+        try:
+            getattr(schedule, method)(**arguments)
+        except Exception:
+            same = all(map(torch.equal, before, schedule.buffers()))
+            require(same, "a step that failed has changed the schedule")
+            raise
+        return schedule
+
+    return call
+
+
+def judge_committed(a: dict[str, Any], schedule: Any) -> None:
+    if 0 <= float(a["lam"]) < float("inf"):  # a tensor is not looked at, for that would wait
+        require(bool(schedule.lam == a["lam"]), f"lam {schedule.lam}")
+    require(schedule.steps == 1, "steps")
+
+
+def judge_taken_over(a: dict[str, Any], layer: torch.nn.Module) -> None:
+    linear = getattr(layer, "linear", layer)
+    require(torch.equal(linear.weight, a["source"]["weight"].t()), "other class vectors")
 
 
 def judge_layer(a: dict[str, Any], layer: torch.nn.Module) -> None:
@@ -249,6 +284,25 @@ def entries(distributed: bool) -> list[Entry]:
             {**LAYER, "out_features": lambda: C},
             judge_layer,
             (DEVICE, SIZE),
+        ),
+        Entry("commit", annealed("commit"), {"lam": lambda: torch.tensor(2.0)}, judge_committed),
+        Entry(
+            "observe",
+            annealed("observe"),
+            {"cosine": lambda: torch.rand(()), "margin": MATRICES["margin"]},
+            judge_schedule,
+        ),
+        Entry(
+            "from_published",
+            lsoftmax.from_published,
+            {
+                "source": lambda: {"weight": torch.randn(D, C)},
+                "layer": lambda: random.choice((lsoftmax.LSoftmaxLinear, lsoftmax.LSoftmaxLoss)),
+                "margin": lambda: 3,
+                "lam": LAYER["lam"],
+                "prefix": lambda: "",
+            },
+            judge_taken_over,
         ),
         Entry("margin_stats", stats_of, MATRICES, judge_stats),
         Entry("collapse_warning", lsoftmax.collapse_warning, {"stats": lambda: stats}, judge_words),

@@ -136,7 +136,7 @@ def test_checkpoints_go_between_worlds(tmp_path: Path, request: pytest.FixtureRe
     assert torch.equal(head.lam, truth.lam)
 
 
-@pytest.mark.parametrize("failure", ["dies", "hangs"])
+@pytest.mark.parametrize("failure", ["dies", "raises", "hangs"])
 def test_failure_of_a_process_ends_the_others(
     failure: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

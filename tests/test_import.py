@@ -14,6 +14,8 @@ import lsoftmax
 OPTIONAL = (
     "matplotlib", "tqdm", "pytorch_metric_learning", "liger_kernel", "cut_cross_entropy", "quack",
     "sklearn", "PIL", "pytest", "jsonschema", "setuptools", "ninja", "scipy", "hypothesis",
+    "onnx", "onnxruntime", "onnxscript", "lightning", "timm", "torchvision", "sphinx", "docutils",
+    "myst_parser", "furo",
 )  # fmt: skip
 
 PROGRAM = """

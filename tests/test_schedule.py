@@ -95,6 +95,18 @@ def test_without_keep_nothing_is_measured() -> None:
     assert list(schedule.state_dict()) == ["steps", "lam"]
 
 
+def test_what_is_no_lam_and_no_cosine_changes_nothing() -> None:
+    schedule = LambdaSchedule.by_angle()
+    for wrong in (torch.randn(3), "a", None, -1.0):
+        with pytest.raises((TypeError, ValueError), match="lam: expected"):
+            schedule.commit(wrong)
+    for wrong in (0.5, torch.randn(3), torch.tensor(1)):
+        with pytest.raises(TypeError, match="cosine: expected a 0-dim float tensor"):
+            schedule.observe(wrong, 4)
+    assert schedule.steps == 0
+    assert schedule.share == 0
+
+
 def test_a_lam_with_a_gradient_leaves_it_behind() -> None:
     schedule = LambdaSchedule(10.0, 0.5, 2.0)
     schedule.commit(torch.tensor(3.0, requires_grad=True))
