@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ _SAFE_NORMS = (1e-15, 1e15)
 # Above this cosine a float32 dot product has lost digits that psi, steepest there, makes count.
 _NEAR = 0.9
 
-# Elements of features compared at a time: less room than the gradient takes later.
-_CHUNK = 1 << 16
+# Elements of features, and of class vectors beside them, worked on at a time.
+_CHUNK = 1 << 13
 
 
 def accumulate_type(dtype: torch.dtype) -> torch.dtype:
@@ -56,6 +56,14 @@ def stacked(vectors: Sequence[Vector], dtype: torch.dtype) -> Tensor:
 def column_of(numbers: Vector, dtype: torch.dtype) -> Tensor:
     """A vector as a (N, 1) tensor, to be broadcast over rows."""
     return torch.as_tensor(numbers).to(dtype).unsqueeze(1)
+
+
+def row_parts(x: Tensor) -> Iterator[slice]:
+    """Slices of the rows of x (N, D), one at least, for what must not take as much room as x."""
+    on_cpu = x.device.type == "cpu"  # elsewhere a part is launches, and saves nothing
+    step = max(1, _CHUNK // max(1, x.shape[1]) if on_cpu else x.shape[0])
+    for start in range(0, max(1, x.shape[0]), step):
+        yield slice(start, start + step)
 
 
 def psi_and_derivative(c: Vector, margin: int) -> tuple[Vector, Vector]:
@@ -94,11 +102,8 @@ def _near_cosines(
 ) -> Vector:
     """cos = 1 - |w_y / b - x / a|^2 / 2: near 1 the chord keeps the digits of 1 - cos."""
     a, b = torch.as_tensor(a).to(dtype).unsqueeze(1), torch.as_tensor(b).to(dtype).unsqueeze(1)
-    on_cpu = x.device.type == "cpu"  # elsewhere a chunk is launches, and saves nothing
-    step = max(1, _CHUNK // max(1, x.shape[1]) if on_cpu else x.shape[0])
     chords = []
-    for start in range(0, max(1, x.shape[0]), step):
-        part = slice(start, start + step)
+    for part in row_parts(x):
         across = w.index_select(0, y[part]).to(dtype).div_(b[part])
         across.sub_(x[part].to(dtype) / a[part])
         chords.append(torch.linalg.vector_norm(across, dim=1))

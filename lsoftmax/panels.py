@@ -77,11 +77,11 @@ class TargetColumn:
         else:
             self.z.scatter_(1, self.column, torch.where(self.inside, value, self.before))
 
-    def add(self, values: Tensor) -> None:
-        """Add to them a number a row, (N, 1)."""
+    def add_rows(self, sums: Tensor, x: Tensor, share: Tensor) -> None:
+        """sums_y += share_i x_i, ``sums`` having a row for each column of the panel."""
         if self.inside is not None:
-            values = torch.where(self.inside, values, 0.0)
-        self.z.scatter_add_(1, self.column, values)
+            share = torch.where(self.inside.squeeze(1), share, 0.0)
+        sums.index_add_(0, self.column.squeeze(1), x * share.unsqueeze(1))
 
 
 class RowSums:

@@ -5,7 +5,8 @@ needs, so that backward is two matrix products. Column y of E, in units of the r
 the target's part too, and the norms' share of the margin (beta, gamma of ``margin_terms``) is one
 multiple of x_i and one of w_y a row. Near the class vector alpha w_y and beta x nearly cancel
 (alpha is up to m^2): where E is narrower than its row's numbers, its target column is 0 and the
-target's part is added apart.
+target's part is added apart. So it is among many classes, where it may be as large as all others
+together, and a sum that has it loses their digits.
 
 Where the N x C array E does not fit there are two ways round it: in chunks of classes E is made
 again in backward (any reduction); in chunks of rows the gradients are formed in forward, while a
@@ -22,6 +23,9 @@ from .panels import exponentials
 from .products import Backward, products, recomputed
 from .rows import divisor_of, mean_cosine, reduce, row_terms, saved_rows, valid_targets
 
+# From here on the target's part is kept out of E; the kernels do so too, see csrc/loss.h.
+_MANY_CLASSES = 1024
+
 
 def e_storage(
     input: Tensor, num_classes: int, label_smoothing: float
@@ -37,6 +41,11 @@ def e_storage(
     if input.dtype == torch.bfloat16:
         return [rows, (num_classes + 7) // 8 * 8], torch.bfloat16
     return [rows, num_classes], accumulate_type(input.dtype)
+
+
+def target_apart(e_dtype: torch.dtype, num_classes: int) -> bool:
+    """Whether the target's part of the gradients is added to the products, not in E."""
+    return e_dtype == torch.bfloat16 or num_classes > _MANY_CLASSES
 
 
 def loss_fwd(
@@ -106,7 +115,7 @@ def _rows_of(
     dtype = sums.plain.dtype
     if not save:
         return terms.loss, input.new_empty(0, dtype=dtype), cosines
-    if e is not None and e.dtype == dtype:  # the target's part, in units of the row's scale
+    if e is not None and not target_apart(e.dtype, linear_weight.shape[0]):  # in units of the scale
         xp = namespace(input)
         e_y = terms.target_share / xp.where(terms.scale == 0, 1.0, terms.scale)
         e.scatter_(1, index.unsqueeze(1), column_of(e_y, dtype))
@@ -164,7 +173,7 @@ def loss_bwd(
     if class_chunk:
         dx, dw = recomputed(back, linear_weight, rows[4], class_chunk, *needed)
     else:
-        apart = e.dtype != rows.dtype  # the target's part is not in E
+        apart = target_apart(e.dtype, num_classes)
         dx, dw = products(back, linear_weight, e[:n, :num_classes], apart, *needed)
     none = input.new_empty(0)
     return (
@@ -193,6 +202,7 @@ def loss_and_gradients(
     index, kept = valid_targets(target, num_classes, ignore_index)
     divisor = divisor_of(index, kept, weight, reduction, dtype)
     buffer = input.new_empty(min(row_chunk, n), num_classes, dtype=dtype)
+    apart = target_apart(dtype, num_classes)
     losses, cosines, parts = [], [], []
     dw: Tensor | None = None
     for start in range(0, max(1, n), row_chunk):
@@ -206,7 +216,7 @@ def loss_and_gradients(
         back = _backward_of(
             1.0 / divisor, rows, x, y, kept_part, weight, label_smoothing, num_classes
         )
-        dx, dw = products(back, linear_weight, e, False, need_input, need_weight, dw)
+        dx, dw = products(back, linear_weight, e, apart, need_input, need_weight, dw)
         losses.append(row_loss)
         cosines.append(cosine)
         if dx is not None:

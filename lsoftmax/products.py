@@ -92,14 +92,16 @@ def recomputed(
         target.fill(-math.inf)  # its exponential may be out of range
         exponentiate(z, reference)
         z.mul_(back.scale)
-        target.add(back.target_share.unsqueeze(1))
         if back.smoothing is not None:
             constant, weight = back.smoothing
             z.addr_(constant, weight[classes])
         if dx is not None:
             dx.addmm_(z, panel)
         if dw is not None:
-            dw[classes] = torch.mm(z.t(), x).addcmul_(panel, class_share[classes].unsqueeze(1))
+            part = torch.mm(z.t(), x).addcmul_(panel, class_share[classes].unsqueeze(1))
+            target.add_rows(part, x, back.target_share)
+            dw[classes] = part
     if dx is not None:
-        dx.addcmul_(x, back.input_share.unsqueeze(1))
+        targets = back.targets.clamp(min=0)
+        add_shares(dx, x, linear_weight, targets, back.input_share, back.target_share)
     return dx, dw

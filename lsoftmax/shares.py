@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .margin import row_parts
+
 
 def add_shares(
     dx: Tensor, x: Tensor, w: Tensor, target: Tensor, own: Tensor, others: Tensor | None
@@ -11,7 +13,10 @@ def add_shares(
     """dx_i += own_i x_i + others_i w_y."""
     dx.addcmul_(x, own.unsqueeze(1))
     if others is not None:
-        dx.addcmul_(w.index_select(0, target), others.unsqueeze(1))
+        for part in row_parts(x):
+            dx[part].addcmul_(
+                w.index_select(0, target[part]).to(dx.dtype), others[part].unsqueeze(1)
+            )
     return dx
 
 
@@ -20,7 +25,8 @@ def add_class_shares(
 ) -> Tensor:
     """dw_c += sum over {i: y_i = c} of own_i w_c + others_i x_i; touches the targets' rows only."""
     if others is not None:
-        dw.index_add_(0, target, x * others.unsqueeze(1))
+        for part in row_parts(x):
+            dw.index_add_(0, target[part], x[part] * others[part].unsqueeze(1))
     if w.shape[0] <= target.shape[0]:
         h = own.new_zeros(w.shape[0]).index_add_(0, target, own)
         return dw.addcmul_(w, h.unsqueeze(1))

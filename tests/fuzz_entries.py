@@ -181,7 +181,7 @@ def annealed(method: str) -> Callable[..., Any]:
 
 def judge_committed(a: dict[str, Any], schedule: Any) -> None:
     if 0 <= float(a["lam"]) < float("inf"):  # a tensor is not looked at, for that would wait
-        require(bool(schedule.lam == a["lam"]), f"lam {schedule.lam}")
+        require(bool(schedule.lam == torch.tensor(float(a["lam"]))), f"lam {schedule.lam}")
     require(schedule.steps == 1, "steps")
 
 
