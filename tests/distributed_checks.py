@@ -46,6 +46,7 @@ def compare(world: World, x: Tensor, y: Tensor, margin: int = 4, **options: Any)
     (loss * upstream).sum().backward()
     factor = world.size if ours.get("averaged", True) else 1
     assert_close(loss, truth, "loss")
+    assert_close(head.schedule.share, twin.schedule.share, "angle", 1e-5)
     assert_close(mine.grad / factor, whole.grad[world.rows], "dX")
     assert_close(head.linear.weight.grad.full_tensor(), twin.linear.weight.grad, "dW")
     with torch.no_grad():

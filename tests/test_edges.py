@@ -35,6 +35,7 @@ def test_any_angle_and_norm_is_finite_and_right(
     edges = [math.cos(j * math.pi / margin) for j in range(margin + 1)]
     norms = [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1e-20, 1.0), (1.0, 1e-20)]
     norms += [(1e4, 1.0), (1e-20, 1e4)]
+    norms += [(1e-22, 1.0), (1.0, 1e-22)]  # whose squares float32 rounds to a digit or to 0
     for (a, b), cos in itertools.product(norms, {*edges, 0.0}):
         # Logits of 1e4 are known to 1e-3 in float32, and so is which of two is the larger.
         bound = 1e-9 if dtype == torch.float64 else 1e-2 if max(a, b) > 1 else 1e-5
