@@ -123,8 +123,14 @@ test: $(STATE)/package
 	cd tests && $(PY) -m pytest $(PYTEST_ARGS)
 	cd tests && $(PY) -m pytest --backend emulation $(PYTEST_ARGS)
 
-test-nightly: $(STATE)/package
+# The other libraries that are used with this one, where there is an environment of our own.
+$(STATE)/nightly: $(STATE)/package
+	$(if $(PYTHON),,$(PIP) install 'lsoftmax[docs,ecosystem]')
+	@touch $@
+
+test-nightly: $(STATE)/nightly
 	cd tests && $(PY) -m pytest -m nightly $(PYTEST_ARGS)
+	cd tests && $(PY) -m pytest test_docs.py test_export.py test_frameworks.py $(PYTEST_ARGS)
 	cd tests && $(PY) -m pytest --backend emulation -m nightly $(PYTEST_ARGS)
 
 test-install: $(STATE)/package

@@ -152,3 +152,11 @@ def test_opcheck_of_annealing(device: str) -> None:
     torch.library.opcheck(ops.upcoming_lam.default, (steps, share, 1000.0, 1.0, 2.0, 0.5, 0.001))
     for given in ((following, cosine), (None, cosine), (following, None)):
         torch.library.opcheck(ops.anneal_.default, (steps, lam, share, *given, 4, 0.6, 0.9))
+
+
+def test_sanitizer_smoke_of_annealing(device: str) -> None:
+    """A training step of the layer: see test_loss.py's."""
+    head = lsoftmax.LSoftmaxLoss(7, 10).to(device)
+    x, y = torch.randn(3, 7, device=device), torch.tensor([1, -100, 9], device=device)
+    head(x, y).backward()
+    assert head.schedule.steps == 1

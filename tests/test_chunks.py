@@ -319,6 +319,27 @@ def test_rows_far_below_zero(device: str) -> None:
     torch.testing.assert_close(losses[1], losses[0])
 
 
+def test_sanitizer_smoke_of_chunks(device: str) -> None:
+    """Both kinds, with a ragged last chunk: see test_loss.py's."""
+    for dtype, smoothing in itertools.product((torch.float32, torch.bfloat16), (0.0, 0.1)):
+        p = problem(9, 7, 300, dtype, device)
+        for way in (("classes", 64), ("rows", 4)):
+            run(p, way, margin=3, label_smoothing=smoothing)
+
+
+def test_more_than_2_31_logits(device: str, backend: str) -> None:
+    """Kept whole, against float64 where its offsets are the largest, and against chunks."""
+    if backend != "cuda":
+        pytest.skip("16 GB of logits; test_emulation_engine.py has the kernels' offsets")
+    p = problem(4096, 64, 1_000_000, torch.float32, device)
+    whole = run(p, IN_BUDGET, margin=4, lam=1.0, reduction="sum")
+    last = Problem(p.x[-4:].detach().requires_grad_(), p.w, p.y[-4:])
+    _, dx, _ = last.true_loss(margin=4, lam=1.0, reduction="sum")
+    assert relative_error(whole[1][-4:], dx) < 1e-5
+    in_chunks = run(p, ("classes", 100_000), margin=4, lam=1.0, reduction="sum")
+    assert_close(whole, in_chunks, 1e-6, 1e-5)
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 

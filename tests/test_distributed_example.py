@@ -43,11 +43,11 @@ def start(rank: int, port: int, options: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finish(checkpoints: Path, options: list[str]) -> float:
+def finish(checkpoints: Path, epochs: int, *options: str) -> float:
     """Goes on from what is there to the end, which must be that of one process: its test error."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(SCRIPT), *options],
+        [*launcher, "--nproc-per-node", "2", str(SCRIPT), "--epochs", str(epochs), *options],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -57,7 +57,8 @@ def finish(checkpoints: Path, options: list[str]) -> float:
     together, alone = re.findall(r"process(?:es)?: test error (\S+)%", done.stdout)
     assert together == alone
     assert float(done.stdout.split("element of W:")[1]) < 1e-4
-    assert [path.name for path in sorted(checkpoints.iterdir())] == ["epoch-0019", "epoch-0020"]
+    names = [path.name for path in sorted(checkpoints.iterdir())]
+    assert names == [f"epoch-{epoch:04}" for epoch in (epochs - 1, epochs)]
     return float(alone)
 
 
@@ -67,15 +68,19 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def test_two_processes_end_as_one(tmp_path: Path) -> None:
+    assert finish(tmp_path, 3, "--checkpoints", str(tmp_path)) < 50
+
+
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_killed_then_resumed_then_the_same_as_one_process(tmp_path: Path) -> None:
     """Red if the survivor hangs or ends well, a checkpoint is not whole, or a training that goes on
     from it ends elsewhere than one that was never interrupted, in a single process.
     """
-    options = ["--epochs", "20", "--timeout", "60", "--checkpoints", str(tmp_path)]
+    options = ["--timeout", "60", "--checkpoints", str(tmp_path)]
     port = free_port()
-    first, second = (start(rank, port, options) for rank in range(2))
+    first, second = (start(rank, port, ["--epochs", "20", *options]) for rank in range(2))
     while not list(tmp_path.glob("epoch-0003")):
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.05)
@@ -94,7 +99,7 @@ def test_killed_then_resumed_then_the_same_as_one_process(tmp_path: Path) -> Non
     assert state["criterion.schedule.steps"] == 10 * epoch
     (tmp_path / ".epoch-0099").mkdir()  # as one that was killed while it saved would leave it
 
-    assert finish(tmp_path, options) < 6
+    assert finish(tmp_path, 20, *options) < 6
 
 
 def test_started_without_torchrun(

@@ -114,11 +114,11 @@ def test_mnist(tmp_path: Path, draw: random.Random) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_distributed(tmp_path: Path, draw: random.Random) -> None:
     """Either of two processes, whenever: what is left can be loaded, and ends as in one process."""
-    options = ["--epochs", "20", "--timeout", "60", "--checkpoints", str(tmp_path)]
+    options = ["--timeout", "60", "--checkpoints", str(tmp_path)]
     seen = []
     for _ in range(DISTRIBUTED_KILLS):
         port = free_port()
-        both = [start(rank, port, options) for rank in range(2)]
+        both = [start(rank, port, ["--epochs", "20", *options]) for rank in range(2)]
         reached = len(seen) and seen[-1]
         while True:  # until it has begun, and then some time
             names = sorted(path.name for path in tmp_path.glob("epoch-*"))
@@ -134,4 +134,4 @@ def test_distributed(tmp_path: Path, draw: random.Random) -> None:
         if seen[-1] > 16:
             break
     print(f"{len(seen)} kills, after epochs {seen}")
-    finish(tmp_path, options)
+    finish(tmp_path, 20, *options)

@@ -245,7 +245,9 @@ def test_lam_tensor_is_read_not_saved(device: str) -> None:
 
 
 def test_sanitizer_smoke(device: str) -> None:
-    """Every kernel once, at sizes with every kind of edge: what a sanitizer is pointed at."""
+    """Every kernel of one batch, at sizes with every kind of edge: what a sanitizer is pointed at,
+    with the tests of chunks, annealing and shards of the same name.
+    """
     for dtype, (n, d, c) in itertools.product(FLOATS, ((3, 7, 10), (33, 64, 1001))):
         p = problem(n, d, c, dtype, device)
         p.y[0] = -100

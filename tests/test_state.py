@@ -210,16 +210,17 @@ def test_no_weight_decay_on_the_head() -> None:
     assert torch.equal(model["head"].linear.weight, before["head"].linear.weight)
 
 
-def test_scaled_gradients() -> None:
+def test_scaled_gradients(device: str) -> None:
     """float16 with a GradScaler: the gradients of the training without one; a step whose gradients
     overflow is left out, and training goes on.
     """
-    head = LSoftmaxLoss(16, 5, margin=4, lam=curve())
+    head = LSoftmaxLoss(16, 5, margin=4, lam=curve()).to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    x, y = torch.randn(32, 16, requires_grad=True), torch.randint(5, (32,))
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**12)
+    x, y = torch.randn(32, 16).to(device), torch.randint(5, (32,)).to(device)
+    x.requires_grad_()
     twin = copy.deepcopy(head)
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(device, torch.float16):
         scaler.scale(head(x, y)).backward()
         loss = twin(x.detach(), y)
     loss.backward()
@@ -235,7 +236,7 @@ def test_scaled_gradients() -> None:
     scaler.update(2.0**40)
     for expected in (2.0**39, 2.0**38):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(device, torch.float16):
             loss = head(x, y)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
