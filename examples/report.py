@@ -50,6 +50,12 @@ def labelled(paper: dict[int, float]) -> Part:
     return Part(classification.COLUMNS, ("the paper's, %", paper), draw_angles, words)
 
 
+FACES = Part(
+    {key: words for key, words in recognition.COLUMNS.items() if key != "tar_1e-3"},
+    ("the paper's accuracy, %", LFW),
+    partial(draw_roc, rates=FAR_GRID),
+    "ROC",
+)
 PARTS = {
     "mnist": labelled(MNIST),
     "mnist-paper": labelled(MNIST),
@@ -58,12 +64,8 @@ PARTS = {
     "cifar100": labelled(CIFAR100),
     "cifar100-small": labelled(CIFAR100),
     "omniglot": Part(recognition.COLUMNS, None, partial(draw_roc, rates=FAR_GRID), "ROC"),
-    "lfw": Part(
-        {key: words for key, words in recognition.COLUMNS.items() if key != "tar_1e-3"},
-        ("the paper's accuracy, %", LFW),
-        partial(draw_roc, rates=FAR_GRID),
-        "ROC",
-    ),
+    "lfw": FACES,
+    "lfw-small": FACES,
 }
 
 
