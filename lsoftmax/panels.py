@@ -149,14 +149,23 @@ def exponentials(
     return sums
 
 
-def exponentiate(z: Tensor, reference: Vector) -> None:
-    """z <- exp(z - r), in place."""
+def exponentiate(z: Tensor, reference: Vector, again: bool = False) -> None:
+    """z <- exp(z - r), in place.
+
+    ``again``: of logits that are made a second time. Huge ones may round otherwise than when r was
+    chosen, by more than the range of an exponential.
+    """
     if _is_small(z):
         numbers = z.numpy()
         numbers -= np.asarray(reference)[:, None]
+        if again:
+            np.minimum(numbers, _HEADROOM, out=numbers)
         np.exp(numbers, out=numbers)
     else:
-        z.sub_(column_of(reference, z.dtype)).exp_()
+        z.sub_(column_of(reference, z.dtype))
+        if again:
+            z.clamp_(max=_HEADROOM)
+        z.exp_()
 
 
 def _row_max(z: Tensor) -> Vector:

@@ -90,7 +90,7 @@ def recomputed(
     for classes, panel, z in panels(x, linear_weight, class_chunk):
         target = TargetColumn(z, classes, back.targets, None)
         target.fill(-math.inf)  # its exponential may be out of range
-        exponentiate(z, reference)
+        exponentiate(z, reference, again=True)
         z.mul_(back.scale)
         if back.smoothing is not None:
             constant, weight = back.smoothing
