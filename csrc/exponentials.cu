@@ -35,7 +35,11 @@ struct RowOfChunk {
     Pack<E, kVector> exps;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      const A value = j + v == target ? e_y : exponential(logits.values[v] - reference);
+      // Huge logits may round otherwise than when the reference was chosen: stay in range. NaN
+      // stays.
+      A above = logits.values[v] - reference;
+      if (above > kSlack) above = kSlack;
+      const A value = j + v == target ? e_y : exponential(above);
       exps.values[v] = static_cast<E>(value);
     }
     store_pack<kVector>(e + j, exps);

@@ -23,7 +23,6 @@
 namespace lsoftmax {
 namespace {
 
-constexpr int kSlack = 40;    // e^40 times 10^7 classes is far inside float32 and bfloat16
 constexpr int kInFlight = 4;  // packs a thread loads before it works on the first
 
 template <typename A>

@@ -9,6 +9,10 @@ namespace lsoftmax {
 __device__ __forceinline__ float exponential(float v) { return expf(v); }
 __device__ __forceinline__ double exponential(double v) { return exp(v); }
 
+// How far above its reference a logit may be: e^40 times 10^7 classes is far inside float32 and
+// bfloat16.
+constexpr int kSlack = 40;
+
 // Sums of exponentials against `reference`, over others than the target.
 template <typename A>
 struct RowSums {
