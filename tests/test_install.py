@@ -113,7 +113,17 @@ def cuda(tmp_path, cuda_base):
 def copy_source(directory: Path) -> Path:
     """A clean source tree, in a folder with a space in its name as some homes have."""
     caches = (".*_cache", ".hypothesis", "__pycache__")
-    left = (".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "_build_info.json", *caches)
+    left = (
+        ".git",
+        ".venv*",
+        "build",
+        "_build",
+        "dist",
+        "*.egg-info",
+        "*.so",
+        "_build_info.json",
+        *caches,
+    )
     target = directory / "the source"
     return Path(shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*left)))
 
