@@ -5,28 +5,34 @@
 #include "engine.h"
 
 namespace lsoftmax {
-namespace {
 
-// In budget: dX and dW from E and what is added to its products.
-std::pair<Tensor, Tensor> products(const Loss& loss, const Upstream& upstream, const Tensor& e,
-                                   bool need_input, bool need_weight, cudaStream_t stream) {
+std::pair<Tensor, Tensor> backward_in_budget(const Loss& loss, const Upstream& upstream,
+                                             const Tensor& e, bool need_input, bool need_weight,
+                                             cudaStream_t stream) {
+  const Shares shares = upstream.of(loss);
   Tensor product, dx, dw;
   if (need_input) {
     product = allocate("a product", {e.size(0), loss.d()}, loss.wide());
     matmul(product, e, loss.w.to(e.scalar_type()));
-    const bool in_place = loss.x.scalar_type() == product.scalar_type();
+    const bool in_place = loss.shard || loss.x.scalar_type() == product.scalar_type();
     dx = in_place ? product.narrow(0, 0, loss.n()) : at::empty_like(loss.x);
   }
   if (need_weight) {
     dw = allocate("the gradient of linear_weight", loss.w.sizes(), e.options());
     matmul(dw, e.t(), upstream.scaled_x);
   }
-  finish_gradients(loss.x, loss.w, loss.y, upstream.of(loss), product, dx, dw, 0, /*wide=*/false,
-                   stream);
+  const auto finish = [&](const Tensor& dx_product, const Tensor& dx_part, const Tensor& dw_part,
+                          bool wide) {
+    finish_gradients(loss.x, loss.w, loss.y, shares, dx_product, dx_part, dw_part, 0, wide, stream);
+  };
+  if (!loss.shard) {
+    finish(product, dx, dw, /*wide=*/false);
+  } else {  // one launch has one type, and a shard's dX is wider than its dW
+    if (need_input) finish(product, dx, Tensor(), /*wide=*/true);
+    if (need_weight) finish(Tensor(), Tensor(), dw, /*wide=*/false);
+  }
   return {dx, need_weight ? dw.to(loss.w.scalar_type()) : dw};
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, int64_t margin,
@@ -84,11 +90,11 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
   } else {
     const Upstream upstream =
         backward_rows(loss, grad.contiguous(), divisor, rows, need_weight, scope.stream);
-    std::tie(dx, dw) =
-        class_chunk > 0
-            ? backward_class_chunks(loss, upstream, rows, rows[4], class_chunk, need_input,
-                                    need_weight, scope.stream)
-            : products(loss, upstream, corner(e, e_rows, c), need_input, need_weight, scope.stream);
+    std::tie(dx, dw) = class_chunk > 0
+                           ? backward_class_chunks(loss, upstream, rows, rows[4], class_chunk,
+                                                   need_input, need_weight, scope.stream)
+                           : backward_in_budget(loss, upstream, corner(e, e_rows, c), need_input,
+                                                need_weight, scope.stream);
   }
   const Tensor none = dx.defined() && dw.defined() ? Tensor() : at::empty({0}, input.options());
   return {dx.defined() ? dx : none, dw.defined() ? dw : none};

@@ -119,7 +119,13 @@ void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_
                           const Rows& rows, cudaStream_t stream);
 
 // Of loss_bwd and shard_bwd: dX, of a shard in the accumulate type, and dW; undefined where not
-// needed. `rows` and `reference` are those of Exponentials; rows are not read of a shard.
+// needed. In budget, from E as forward left it:
+std::pair<Tensor, Tensor> backward_in_budget(const Loss& loss, const Upstream& upstream,
+                                             const Tensor& e, bool need_input, bool need_weight,
+                                             cudaStream_t stream);
+
+// The same in chunks of classes. `rows` and `reference` are those of Exponentials; rows are not
+// read of a shard.
 std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream& upstream,
                                                 const Tensor& rows, const Tensor& reference,
                                                 int64_t class_chunk, bool need_input,

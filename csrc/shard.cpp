@@ -21,28 +21,6 @@ Loss check_shard(const Tensor& input, const Tensor& linear_weight, const Tensor&
   return loss;
 }
 
-// In budget: dX in the accumulate type, for it is yet to be added up, and dW.
-std::pair<Tensor, Tensor> products(const Loss& loss, const Upstream& upstream, const Tensor& e,
-                                   bool need_input, bool need_weight, cudaStream_t stream) {
-  const Shares shares = upstream.of(loss);
-  Tensor dx, dw;
-  if (need_input) {
-    const Tensor product = at::empty({e.size(0), loss.d()}, loss.wide());
-    matmul(product, e, loss.w.to(e.scalar_type()));
-    dx = product.narrow(0, 0, loss.n());
-    finish_gradients(loss.x, loss.w, loss.y, shares, product, dx, Tensor(), 0, /*wide=*/true,
-                     stream);
-  }
-  if (need_weight) {
-    dw = at::empty_like(loss.w, e.options());
-    matmul(dw, e.t(), upstream.scaled_x);
-    finish_gradients(loss.x, loss.w, loss.y, shares, Tensor(), Tensor(), dw, 0, /*wide=*/false,
-                     stream);
-    dw = dw.to(loss.w.scalar_type());
-  }
-  return {dx, dw};
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> shard_fwd(const Tensor& input, const Tensor& linear_weight,
@@ -91,10 +69,10 @@ std::tuple<Tensor, Tensor> shard_bwd(const Tensor& rows, const Tensor& input,
     const Upstream upstream =
         backward_rows(loss, Tensor(), Tensor(), rows.contiguous(), need_weight, scope.stream);
     std::tie(dx, dw) =
-        class_chunk > 0
-            ? backward_class_chunks(loss, upstream, Tensor(), reference.contiguous(), class_chunk,
-                                    need_input, need_weight, scope.stream)
-            : products(loss, upstream, corner(e, e_rows, c), need_input, need_weight, scope.stream);
+        class_chunk > 0 ? backward_class_chunks(loss, upstream, Tensor(), reference.contiguous(),
+                                                class_chunk, need_input, need_weight, scope.stream)
+                        : backward_in_budget(loss, upstream, corner(e, e_rows, c), need_input,
+                                             need_weight, scope.stream);
   }
   return {need_input ? dx : at::empty({0}, loss.wide()),
           need_weight ? dw : at::empty({0}, loss.x.options())};
