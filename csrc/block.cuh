@@ -45,13 +45,20 @@ struct alignas(V * sizeof(T)) Pack {
   T values[V];
 };
 
+// The emulation of tests/ counts the bytes that packs move, which is nearly all that kernels do.
+#ifndef LSOFTMAX_COUNT_BYTES
+#define LSOFTMAX_COUNT_BYTES(total, bytes)
+#endif
+
 template <int V, typename T>
 __device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
+  LSOFTMAX_COUNT_BYTES(bytes_read, sizeof(Pack<T, V>));
   return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
 template <int V, typename T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
+  LSOFTMAX_COUNT_BYTES(bytes_written, sizeof(Pack<T, V>));
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 

@@ -93,6 +93,34 @@ def test_launches_of_a_shard(engine: ctypes.CDLL) -> None:
             assert launches(engine, work) == count
 
 
+# ---- bytes --------------------------------------------------------------------------------------
+
+SAMPLE = 512 * 4 * 16  # bytes of a row that loss_rows looks at first: threads x packs x bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_logit_is_read_once_and_its_exponential_written_once(
+    dtype: torch.dtype, engine: ctypes.CDLL
+) -> None:
+    """docs/performance.md's floors, to the byte; but that a row's first logits, at most 32 KB, are
+    read again, from the cache. Red for a kernel that passes over a row twice.
+    """
+    n, d, c = 6, 16, 20_000
+    p = problem(n, d, c, dtype)
+    size, z, e = dtype.itemsize, max(4, dtype.itemsize), dtype.itemsize  # of a feature and so on
+    margin = n * 2 * d * size
+    for way, sampled, read in (
+        (("classes", 0), SAMPLE, z * n * c),
+        (("rows", 2), SAMPLE, z * n * c),
+        (("classes", c // 4), 4 * min(SAMPLE, z * c // 4), 2 * z * n * c),
+    ):
+        before = build.counters(engine)
+        run(p, way)
+        moved = {name: count - before[name] for name, count in build.counters(engine).items()}
+        assert moved["bytes_read"] == read + n * sampled + margin, way
+        assert moved["bytes_written"] == e * n * c, way
+
+
 # ---- the order of turns --------------------------------------------------------------------------
 
 

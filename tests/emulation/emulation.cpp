@@ -14,6 +14,9 @@ dim3 blockDim;
 dim3 gridDim;
 
 namespace emulation {
+
+uint64_t bytes_read = 0, bytes_written = 0;
+
 namespace {
 
 std::string format(unsigned x, unsigned y, unsigned z) {
@@ -213,11 +216,13 @@ extern "C" void emulation_set_stubbed(int value) {
   emulation::stubbed = value != 0;
 }
 
-// Launches, blocks, barriers, warp operations since the library was loaded.
+// Launches, blocks, barriers, warp operations, bytes read and written since the library was loaded.
 extern "C" void emulation_counters(uint64_t* out) {
   const emulation::Counters& counters = emulation::engine().counters;
   out[0] = counters.launches;
   out[1] = counters.blocks;
   out[2] = counters.barriers;
   out[3] = counters.warp_operations;
+  out[4] = emulation::bytes_read;
+  out[5] = emulation::bytes_written;
 }

@@ -42,10 +42,14 @@ int source_lane(WarpOp op, int operand, int width, Site site);
 void launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body,
             Site site);
 
-// Totals since the library was loaded, for tests that count launches.
+// Totals since the library was loaded, for tests that count.
 struct Counters {
   uint64_t launches = 0, blocks = 0, barriers = 0, warp_operations = 0;
 };
+
+// Bytes that packs have moved, of csrc/block.cuh, which adds to them.
+extern uint64_t bytes_read, bytes_written;
+#define LSOFTMAX_COUNT_BYTES(total, bytes) ::emulation::total += (bytes)
 
 // A launch configuration and where it was launched from: cudaLaunchKernelEx ends in a parameter
 // pack, which leaves no room for a defaulted location of its own.
