@@ -2,11 +2,11 @@
 
     python -m benchmarks.overhead
 
-On CPU tensors, through the emulation of CUDA kept with the tests, whose launches here return at
-once: what is left is Python, the dispatcher and the engine's C++, as on a GPU but for the launches
-themselves. The three matrix products alone are taken off; so
-F.cross_entropy(F.linear(x, W), y) in plain torch, which does compute, stands beside as a yardstick
-of the machine, not of the layer. Needs a C++ compiler, no GPU.
+On CPU tensors, through the emulation of CUDA kept with the tests, whose launches and matrix
+products here return at once: what is left is Python, the dispatcher and the engine's C++, as on a
+GPU but for the launches themselves. An autograd.Function that does nothing but save as many tensors
+is the floor of what has one; F.cross_entropy(F.linear(x, W), y) in plain torch, which does compute,
+stands beside as a yardstick of the machine, not of the layer. Needs a C++ compiler, no GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -43,7 +44,7 @@ def microseconds(
 
 
 def steps(n: int, d: int, c: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """A step of the layer and of the function, the ops they come down to, the products within."""
+    """A step of the layer and of the function, the ops they come down to, and yardsticks."""
     x = torch.randn(n, d, dtype=dtype, requires_grad=True)
     y = torch.randint(c, (n,))
     layer = LSoftmaxLoss(d, c, dtype=dtype)
@@ -55,6 +56,12 @@ def steps(n: int, d: int, c: int, dtype: torch.dtype) -> dict[str, Callable[[], 
     def function() -> None:
         torch.autograd.grad(functional.lsoftmax_loss(x, w, y, 4, lam), (x, w))
 
+    constant = LSoftmaxLoss(d, c, lam=1.0, dtype=dtype)
+    v = constant.linear.weight
+
+    def unannealed() -> None:
+        torch.autograd.grad(constant(x, y), (x, v))
+
     fixed = (x.detach(), w.detach(), y)
     one = torch.ones(())
 
@@ -63,44 +70,46 @@ def steps(n: int, d: int, c: int, dtype: torch.dtype) -> dict[str, Callable[[], 
         rest = (-100, 0.0, 0, True, True)
         torch.ops.lsoftmax.loss_bwd(one, *fixed, None, *saved[1:4], *rest)
 
-    wide, w_wide = fixed[0].float(), fixed[1].float()
-    z, dx, dw = torch.empty(n, c), torch.empty(n, d), torch.empty(c, d)
+    made = torch.ops.lsoftmax.loss_fwd(*fixed, 4, lam, None, 1, -100, 0.0, True, 0)
+    gradients = tuple(torch.empty_like(matrix) for matrix in fixed[:2])
 
-    def products() -> None:
-        torch.mm(wide, w_wide.t(), out=z)
-        torch.mm(z, w_wide, out=dx)
-        torch.mm(z.t(), wide, out=dw)
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x, w, y, None, *made[1:4])
+            return made[0].detach()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            assert len(ctx.saved_tensors) == 7
+            return *gradients, None
+
+    def nothing() -> None:
+        torch.autograd.grad(Nothing.apply(x, w, y), (x, w))
 
     def plain() -> None:
         torch.autograd.grad(F.cross_entropy(F.linear(x, w), y), (x, w))
 
     return {
         "layer": whole,
+        "layer, constant lam": unannealed,
         "function": function,
-        "ops": ops,
-        "products": products,
-        "plain": plain,
+        "its ops": ops,
+        "empty autograd.Function": nothing,
+        "F.cross_entropy, computing": plain,
     }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print("Microseconds of forward + backward, median (least), kernels left out, float32:\n")
-    names = ("layer", "function", "its ops", "their three products", "F.cross_entropy")
-    print(f"| N, D, C | {' | '.join(names)} | Python | C++ |")
-    print("|---" * (len(names) + 3) + "|")
+    print("Microseconds of forward + backward, median (least), without kernels, float32:\n")
     with build.stubbed(build.load()):
         for shape in SHAPES:
             times = microseconds(steps(*shape, torch.float32))
-            middle = {name: statistics.median(values) for name, values in times.items()}
-            least = {name: min(values) for name, values in times.items()}
-
-            def cell(of: Callable[[dict], float], m: dict = middle, s: dict = least) -> str:
-                return f"{of(m):.0f} ({of(s):.0f})"
-
-            cells = [cell(lambda t, name=name: t[name]) for name in times]
-            cells.append(cell(lambda t: t["function"] - t["ops"]))
-            cells.append(cell(lambda t: t["ops"] - t["products"]))
+            if shape == SHAPES[0]:
+                print(f"| N, D, C | {' | '.join(times)} |")
+                print("|---" * (len(times) + 1) + "|")
+            cells = [f"{statistics.median(row):.0f} ({min(row):.0f})" for row in times.values()]
             print(f"| {', '.join(map(str, shape))} | " + " | ".join(cells) + " |")
 
 

@@ -90,10 +90,13 @@ def load_hopper(sanitize: bool = False) -> ctypes.CDLL:
 
 
 def counters(library: ctypes.CDLL | ModuleType) -> dict[str, int]:
-    """Launches, blocks, barriers and warp operations that ``library`` has run since loaded."""
-    values = (ctypes.c_uint64 * 4)()
+    """What ``library`` has run since loaded: launches, blocks, barriers, warp operations, and the
+    bytes that packs (csrc/block.cuh) have read and written.
+    """
+    names = "launches", "blocks", "barriers", "warp_operations", "bytes_read", "bytes_written"
+    values = (ctypes.c_uint64 * len(names))()
     _as_cdll(library).emulation_counters(values)
-    return dict(zip(("launches", "blocks", "barriers", "warp_operations"), values, strict=True))
+    return dict(zip(names, values, strict=True))
 
 
 @contextmanager
@@ -112,12 +115,18 @@ def reversed_order(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
 
 @contextmanager
 def stubbed(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
-    """Within, kernels are launched and counted but not run: what is left is the host's work."""
-    _as_cdll(library).emulation_set_stubbed(1)
+    """Within, kernels and matrix products are called but not run: what is left is the host's work.
+
+    Products into a given array, that is (``at::mm_out``): those of the engine.
+    """
+    switches = _as_cdll(library)
+    switches.emulation_set_stubbed(1)
+    switches.engine_set_products_stubbed(1)
     try:
         yield
     finally:
-        _as_cdll(library).emulation_set_stubbed(0)
+        switches.engine_set_products_stubbed(0)
+        switches.emulation_set_stubbed(0)
 
 
 def sanitizer_runtimes() -> list[str]:
