@@ -34,14 +34,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor&
     params.margin = static_cast<int>(margin);
     if (params.n > 0) C10_CUDA_CHECK(launch_margin_logits(params, scope.stream));
   });
-  LossSum<float> mean{};
-  mean.row_cosine = pointer<float>(row_cosine);
-  mean.target = pointer<int64_t>(y);
-  mean.cosine = mutable_pointer<float>(cosine);
-  mean.n = x.size(0);
-  mean.c = w.size(0);
-  mean.ignore_index = -1;  // no target is negative
-  C10_CUDA_CHECK(launch_loss_sum(mean, scope.stream));
+  LossSum<float> low{};
+  low.row_cosine = pointer<float>(row_cosine);
+  low.target = pointer<int64_t>(y);
+  low.cosine = mutable_pointer<float>(cosine);
+  low.n = x.size(0);
+  low.c = w.size(0);
+  low.ignore_index = -1;  // no target is negative
+  C10_CUDA_CHECK(launch_loss_sum(low, scope.stream));
   return {logits, coefficients, cosine};
 }
 

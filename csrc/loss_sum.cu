@@ -1,4 +1,5 @@
-// The loss of a batch from the losses of its rows, the divisor of its mean, and the mean cosine.
+// The loss of a batch from the losses of its rows, the divisor of its mean, and what annealing
+// goes by: the mean cosine less one standard deviation, as lsoftmax/rows.py has it.
 
 #include <c10/macros/Macros.h>
 
@@ -9,22 +10,27 @@ namespace lsoftmax {
 namespace {
 
 struct BatchSums {
-  double loss, weight, cosine, kept;
+  double loss, weight, cosine, square, kept;
 };
 
 struct AddSums {
   __device__ BatchSums operator()(const BatchSums& p, const BatchSums& q) const {
-    return {p.loss + q.loss, p.weight + q.weight, p.cosine + q.cosine, p.kept + q.kept};
+    return {p.loss + q.loss, p.weight + q.weight, p.cosine + q.cosine, p.square + q.square,
+            p.kept + q.kept};
   }
 };
 
 // One block, a fixed order: the same bits in every run.
 template <typename Acc>
 __global__ void __launch_bounds__(kMaxThreads) loss_sum_kernel(LossSum<Acc> p) {
-  BatchSums sum{0, 0, 0, 0};
+  BatchSums sum{0, 0, 0, 0, 0};
   for (int64_t i = threadIdx.x; i < p.n; i += blockDim.x) {
     if (p.row_loss != nullptr) sum.loss += static_cast<double>(p.row_loss[i]);
-    if (p.row_cosine != nullptr) sum.cosine += static_cast<double>(p.row_cosine[i]);
+    if (p.row_cosine != nullptr) {
+      const double cosine = static_cast<double>(p.row_cosine[i]);
+      sum.cosine += cosine;
+      sum.square += cosine * cosine;
+    }
     const int64_t y = p.target[i];
     if (y != p.ignore_index) {
       CUDA_KERNEL_ASSERT(y >= 0 && y < p.c);
@@ -37,7 +43,10 @@ __global__ void __launch_bounds__(kMaxThreads) loss_sum_kernel(LossSum<Acc> p) {
   const double divisor = p.mean ? sum.weight : 1;
   if (p.loss != nullptr) *p.loss = static_cast<Acc>(sum.loss / divisor);
   if (p.cosine != nullptr) {
-    *p.cosine = sum.kept > 0 ? static_cast<float>(sum.cosine / sum.kept) : INFINITY;
+    const double mean = sum.cosine / sum.kept, variance = sum.square / sum.kept - mean * mean;
+    // A comparison, not fmax: NaN stays NaN.
+    const double low = mean - sqrt(variance < 0 ? 0 : variance);
+    *p.cosine = sum.kept > 0 ? static_cast<float>(low) : INFINITY;
   }
   if (p.divisor != nullptr) *p.divisor = static_cast<Acc>(divisor);
 }

@@ -95,7 +95,7 @@ struct LossSum {
 };
 
 // Sum, or mean over the kept targets' weights, of the row losses; what it was divided by; and the
-// mean cosine of the kept rows, inf where there is none.
+// mean cosine of the kept rows less one standard deviation, inf where there is none.
 template <typename Acc>
 cudaError_t launch_loss_sum(const LossSum<Acc>& params, cudaStream_t stream);
 
@@ -196,7 +196,7 @@ struct Anneal {
   float* lam;
   float* share;           // (), each
   const float* next_lam;  // (), of the step that is taken; null: none is
-  const float* cosine;    // (), the mean of a batch; null, or inf: nothing was measured
+  const float* cosine;    // (), of a batch; null, or inf: nothing was measured
   double keep, memory;    // of the running mean over batches
   int margin;
 };

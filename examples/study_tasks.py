@@ -177,7 +177,7 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
         for run, finite in enumerate(losses.isfinite().tolist()):
             if not finite and diverged[run] is None:
                 diverged[run] = step
-        runs.step(losses, cosines.mean(1))
+        runs.step(losses, cosines.mean(1) - cosines.std(1, unbiased=False))
 
     figures = measured(runs, split)
     seconds = rounded((time.perf_counter() - start) / len(cells))

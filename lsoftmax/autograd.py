@@ -128,8 +128,8 @@ def loss(
     label_smoothing: float,
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
-    """The fused loss of checked arguments, differentiable once in the two matrices; and the mean
-    cosine of the kept rows, 0-dim float32.
+    """The fused loss of checked arguments, differentiable once in the two matrices; and the low
+    cosine of the kept rows (``rows.low_cosine``), 0-dim float32.
     """
     args = (input, linear_weight, target, margin, lam, weight, reduction, ignore_index)
     if not (torch.is_grad_enabled() and (input.requires_grad or linear_weight.requires_grad)):
@@ -144,6 +144,6 @@ def linear(
     input: Tensor, linear_weight: Tensor, target: Tensor, margin: int, lam: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The margin logits of checked arguments, differentiable once in the two matrices; and the
-    mean cosine, as of ``loss``.
+    low cosine, as of ``loss``.
     """
     return _Linear.apply(input, linear_weight, target, margin, lam)

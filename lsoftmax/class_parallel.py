@@ -22,7 +22,7 @@ from torch import Tensor
 from .autograd import once
 from .margin import accumulate_type, namespace, vector
 from .panels import RowSums
-from .rows import NONE, mean_or_inf, reduce, row_terms, saved_rows, valid_targets
+from .rows import NONE, low_cosine, reduce, row_terms, saved_rows, valid_targets
 
 # Named anew in torch 2.13, which warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -84,7 +84,7 @@ class Options(NamedTuple):
     save: bool  # for backward
     need_input: bool  # whether dX is wanted, by any process
     input_factor: float  # of dX
-    measure: bool  # the mean cosine
+    measure: bool  # the low cosine
 
 
 def loss(
@@ -109,7 +109,7 @@ def loss(
 
     Returns:
         The loss: scalar, or of all N rows without a reduction; a process's gradient may then be 0
-        but for its own rows, for they are added up. And the mean cosine between features and their
+        but for its own rows, for they are added up. And the low cosine between features and their
         class vectors, 0-dim, inf without any kept row, 0 unless it is measured.
     """
     return _Loss.apply(input, linear_weight, targets, lam, weight, smoothing, options)
@@ -234,7 +234,7 @@ def _shard_sums(
 def _all_reduce(
     sums: Tensor, here: Tensor, cosines: Tensor, options: Options
 ) -> tuple[tuple[Any, ...], RowSums, Tensor]:
-    """The margin and the sums of each row over all shards; and the mean of the cosines, 0-dim.
+    """The margin and the sums of each row over all shards; and the low cosine, 0-dim.
 
     A target that no shard has makes its row's loss NaN: one outside [0, C) where nobody looks, on
     a GPU.
@@ -256,5 +256,5 @@ def _all_reduce(
         totals.weighted = vector(weighted)
     cosine = claims.new_zeros(())
     if measured:
-        cosine = mean_or_inf(measured[0].sum(), claims.sum())
+        cosine = low_cosine(measured[0], claims > 0)
     return (vector(f), vector(alpha), vector(beta), vector(gamma)), totals, cosine

@@ -125,8 +125,9 @@ def loss_and_cosine(
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`lsoftmax_loss`, and what annealing by angle goes by: the mean cosine between the kept
-    rows and their class vectors, 0-dim float32, inf without any, no gradient.
+    """:func:`lsoftmax_loss`, and what annealing by angle goes by: the cosine between the kept rows
+    and their class vectors, its mean less one standard deviation; 0-dim float32, inf without any
+    row, no gradient.
     """
     input, linear_weight = autocast(input, linear_weight)
     check_matrices(input, linear_weight, target)
@@ -233,7 +234,7 @@ def lsoftmax_linear(
 def logits_and_cosine(
     input: Tensor, linear_weight: Tensor, target: Tensor, margin: int, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:func:`lsoftmax_linear`, and the mean cosine, as of :func:`loss_and_cosine`."""
+    """:func:`lsoftmax_linear`, and the low cosine, as of :func:`loss_and_cosine`."""
     input, linear_weight = autocast(input, linear_weight)
     check_matrices(input, linear_weight, target)
     margin, lam = check_margin(margin), lam_tensor(lam, input)
@@ -260,7 +261,7 @@ def autocast(input: Tensor, linear_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unmeasured(input: Tensor) -> Tensor:
-    """The mean cosine under a transform, where nothing can anneal: it would change itself."""
+    """The low cosine under a transform, where nothing can anneal: it would change itself."""
     return torch.zeros((), device=input.device)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .margin import Vector, accumulate_type, column_of, margin_terms, namespace
 from .panels import exponentials
 from .products import Backward, products, recomputed
-from .rows import divisor_of, mean_cosine, reduce, row_terms, saved_rows, valid_targets
+from .rows import divisor_of, low_cosine, reduce, row_terms, saved_rows, valid_targets
 
 # From here on the target's part is kept out of E; the kernels do so too, see csrc/loss.h.
 _MANY_CLASSES = 1024
@@ -62,7 +62,7 @@ def loss_fwd(
     class_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss; for backward (where ``save``) E and five numbers a row; the mean's divisor; the
-    mean cosine between the kept rows and their class vectors.
+    low cosine between the kept rows and their class vectors.
 
     With a ``class_chunk`` other than 0 there is no E.
     """
@@ -90,7 +90,7 @@ def loss_fwd(
         class_chunk,
     )
     loss, divisor = reduce(row_loss, index, kept, weight, reduction, dtype)
-    return loss, e, rows, divisor, mean_cosine(cosines, kept)
+    return loss, e, rows, divisor, low_cosine(cosines, kept)
 
 
 def _rows_of(
@@ -196,7 +196,7 @@ def loss_and_gradients(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, a sum or a mean; its gradients in the type of the logits; the mean cosine."""
+    """The loss, a sum or a mean; its gradients in the type of the logits; the low cosine."""
     n, num_classes = input.shape[0], linear_weight.shape[0]
     dtype = accumulate_type(input.dtype)
     index, kept = valid_targets(target, num_classes, ignore_index)
@@ -228,5 +228,5 @@ def loss_and_gradients(
         loss,
         torch.cat(parts) if parts else none,
         none if dw is None else dw,
-        mean_cosine(xp.concatenate(cosines), kept),
+        low_cosine(xp.concatenate(cosines), kept),
     )

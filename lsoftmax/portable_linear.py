@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .margin import accumulate_type, column_of, margin_terms, stacked
-from .rows import NO_INDEX, mean_cosine, valid_targets
+from .rows import NO_INDEX, low_cosine, valid_targets
 from .shares import add_class_shares, add_shares
 
 
 def linear_fwd(
     input: Tensor, linear_weight: Tensor, target: Tensor, margin: int, lam: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Margin logits (N, C); alpha, beta, gamma of each row for backward, (3, N); mean cosine."""
+    """Margin logits (N, C); alpha, beta, gamma of each row for backward, (3, N); low cosine."""
     index, _ = valid_targets(target, linear_weight.shape[0], NO_INDEX)
     logits = torch.nn.functional.linear(input, linear_weight)
     plain = None
@@ -26,7 +26,7 @@ def linear_fwd(
     f, *coefficients, cosines = margin_terms(input, linear_weight, index, margin, lam, plain)
     logits.scatter_(1, index.unsqueeze(1), column_of(f, logits.dtype))
     saved = stacked(coefficients, accumulate_type(input.dtype))
-    return logits, saved, mean_cosine(cosines, None)
+    return logits, saved, low_cosine(cosines, None)
 
 
 def linear_bwd(

@@ -129,17 +129,18 @@ def reduce(
     return (total if reduction == SUM else total / divisor).to(dtype), divisor
 
 
-def mean_cosine(cosines: Vector, kept: Tensor | None) -> Tensor:
-    """The mean over the kept rows, a 0-dim float32 tensor; inf where none is kept."""
-    rows = torch.as_tensor(cosines).float()
+def low_cosine(cosines: Vector, kept: Tensor | None) -> Tensor:
+    """What annealing goes by: the mean of the kept rows' cosines less one standard deviation, which
+    about a sixth of them are below. A 0-dim float32 tensor; inf, which it can't be, of no rows.
+    """
+    rows = torch.as_tensor(cosines).double()
     if kept is None:
-        return rows.mean() if rows.numel() else rows.new_full((), math.inf)
-    return mean_or_inf(torch.where(kept, rows, 0.0).sum(), kept.sum())
-
-
-def mean_or_inf(total: Tensor, count: Tensor) -> Tensor:
-    """total / count, and inf, which no mean of cosines is, of nothing."""
-    return torch.where(count > 0, total / count, math.inf)
+        count = rows.new_full((), rows.numel())
+    else:
+        rows, count = torch.where(kept, rows, 0.0), kept.sum()
+    mean, square = rows.sum() / count, rows.dot(rows) / count
+    low = mean - (square - mean * mean).clamp_min(0).sqrt()
+    return torch.where(count > 0, low, math.inf).float()
 
 
 def divisor_of(

@@ -25,7 +25,7 @@ _anneal_op = torch.ops.lsoftmax.anneal_.default
 
 # Settled by docs/training.md. lam at the start, where every margin is plain softmax; what `keep` is
 # unless given; and of for_steps the curve's power and the share of the steps that it falls in.
-_BASE, _KEEP, _POWER, _FRACTION = 1000.0, 0.6, 4.0, 0.3
+_BASE, _KEEP, _POWER, _FRACTION = 1000.0, 0.5, 4.0, 0.3
 _MEMORY = 0.9  # of the running mean over batches
 
 
@@ -41,8 +41,10 @@ class LambdaSchedule(nn.Module):
 
     With ``keep`` the curve is held up where the features are still far from their classes. There
     psi is negative, a target's logit grows as its feature and class vector shrink, and shrink they
-    do, to zero: the class is lost. At the mean angle theta of the batches so far, the target's
-    logit is to keep at least this share of what softmax gives it:
+    do, to zero: the class is lost. The hardest rows and classes go first, so what counts is not the
+    mean but the angle theta whose cosine is one standard deviation below the mean, in the batches
+    so far: about a sixth of the rows are farther from their classes. There the target's logit is to
+    keep at least this share of what softmax gives it:
 
     .. math:: \frac{\lambda \cos\theta + \psi}{1 + \lambda} \ge \mathrm{keep}\,\cos\theta
               \Leftrightarrow
@@ -185,11 +187,12 @@ class LambdaSchedule(nn.Module):
         self._anneal(lam_tensor(lam, self.lam), None, 1)
 
     def observe(self, cosine: Tensor, margin: int) -> None:
-        """Take in, for ``keep``, the mean cosine between a batch's features and their classes.
+        """Take in, for ``keep``, how close a batch's features are to their classes.
 
         Args:
-            cosine: 0-dim float tensor on the schedule's device; NaN counts as 0, no angle at all;
-                inf, the mean of no rows, as nothing measured.
+            cosine: between a feature and the vector of its class, the batch's mean less one
+                standard deviation: a 0-dim float tensor on the schedule's device. NaN counts as 0,
+                no angle at all; inf, as of no rows, as nothing measured.
             margin: of the layer.
 
         Raises:

@@ -89,7 +89,7 @@ def assert_same_training(
 
 
 def data_parallel(world: World) -> None:
-    """Red for a lost factor R, and for annealing that is not in lockstep. The mean angle that the
+    """Red for a lost factor R, and for annealing that is not in lockstep. The angle that the
     default schedule follows is that of all rows (in float32).
     """
     for lam, bound in ((schedule(), 1e-10), (lsoftmax.LambdaSchedule.by_angle(), 1e-6)):

@@ -89,7 +89,7 @@ def test_step_by_hand() -> None:
 def test_defaults_are_the_documented_ones() -> None:
     schedule = LSoftmaxLoss(6, 5).schedule
     assert repr(schedule) == repr(LambdaSchedule.by_angle())
-    assert (schedule.base, schedule.minimum, schedule.keep) == (1000.0, 0.5, 0.6)
+    assert (schedule.base, schedule.minimum, schedule.keep) == (1000.0, 0.5, 0.5)
 
 
 def test_lam_keeps_its_bits_when_the_layer_changes_type() -> None:
