@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -133,14 +133,17 @@ def low_cosine(cosines: Vector, kept: Tensor | None) -> Tensor:
     """What annealing goes by: the mean of the kept rows' cosines less one standard deviation, which
     about a sixth of them are below. A 0-dim float32 tensor; inf, which it can't be, of no rows.
     """
-    rows = torch.as_tensor(cosines).double()
+    on_cpu = isinstance(cosines, np.ndarray)
+    xp: Any = np if on_cpu else torch
+    mask: Any = kept
     if kept is None:
-        count = rows.new_full((), rows.numel())
-    else:
-        rows, count = torch.where(kept, rows, 0.0), kept.sum()
-    mean, square = rows.sum() / count, rows.dot(rows) / count
-    low = mean - (square - mean * mean).clamp_min(0).sqrt()
-    return torch.where(count > 0, low, math.inf).float()
+        mask = xp.ones_like(cosines, dtype=bool)
+    elif on_cpu:
+        mask = kept.numpy()
+    rows, count = xp.where(mask, cosines, 0.0), mask.sum()
+    mean = rows.sum() / count
+    low = mean - xp.sqrt(abs(rows.dot(rows) / count - mean * mean))  # rounding may be below 0
+    return torch.as_tensor(xp.where(count > 0, low, math.inf)).float()
 
 
 def divisor_of(
