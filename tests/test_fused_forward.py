@@ -1,0 +1,92 @@
+"""The forward pass in one kernel through the op: emulated, and with --backend cuda on Hopper.
+
+test_hopper.py calls its three launches one by one. Here they run as a user's do, and on a GPU what
+the emulation can't tell: whether the assembly does what the manual says.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lsoftmax import functional
+from problems import Problem, problem, relative_error
+
+IGNORED = -100
+
+
+@pytest.fixture
+def hopper(backend: str) -> None:
+    if backend == "portable":
+        pytest.skip("needs kernels")
+    if backend == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
+def both_ways(
+    p: Problem, monkeypatch: pytest.MonkeyPatch, **options: object
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Loss and gradients by the forward pass in one kernel, and by the other."""
+    monkeypatch.delenv("LSOFTMAX_FUSED_FORWARD", raising=False)
+    apart = p.loss(**options)
+    monkeypatch.setenv("LSOFTMAX_FUSED_FORWARD", "1")
+    return p.loss(**options), apart
+
+
+SMALL = [(70, 64, 300), (70, 64, 37), (1, 64, 10), (129, 136, 257)]
+LARGE = [(300, 512, 5000), (2000, 512, 20_000), (5000, 64, 1000), (128, 2048, 1003)]  # on a GPU
+
+
+@pytest.mark.parametrize("norm", [4.0, 400.0], ids=["", "rows are done again"])
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
+@pytest.mark.usefixtures("hopper")
+def test_the_op_takes_it_when_asked(
+    shape: tuple[int, int, int], norm: float, backend: str, device: str, monkeypatch
+) -> None:
+    """Behind its switch, through the op: the loss and the gradients of the other forward pass.
+
+    With logits of some hundreds most rows lie outside of what a reference known beforehand covers.
+    """
+    if backend != "cuda" and shape in LARGE:
+        pytest.skip("too large to emulate")
+    p = problem(*shape, torch.bfloat16, device, norm=norm)
+    p.y[3::5] = IGNORED
+    weight = torch.rand(shape[2], device=device) + 0.5
+    for options in ({"reduction": "mean"}, {"reduction": "none", "weight": weight}):
+        options |= {"margin": 3, "lam": 0.5}
+        fused, apart = both_ways(p, monkeypatch, **options)
+        with torch.no_grad():
+            silent = functional.lsoftmax_loss(p.x, p.w, p.y, **options)
+        truth = p.true_loss(**options)
+        assert relative_error(fused[0], truth[0]) < 1e-5
+        torch.testing.assert_close(silent, fused[0])
+        for ours, other, true in zip(fused[1:], apart[1:], truth[1:], strict=True):
+            bound = max(2 * relative_error(other, true), 4e-3)
+            assert relative_error(ours, true) <= bound
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_switch_changes_the_bits(device: str, monkeypatch) -> None:
+    """Or the tests here would be of the other forward pass."""
+    fused, apart = both_ways(problem(70, 64, 300, torch.bfloat16, device), monkeypatch)
+    assert not torch.equal(fused[1], apart[1])
+
+
+@pytest.mark.usefixtures("hopper")
+def test_its_bits_repeat(backend: str, device: str, monkeypatch) -> None:
+    """A race between the copy engine, the tensor cores and the epilogue would show in time."""
+    shape, times = ((1500, 512, 9000), 100) if backend == "cuda" else ((70, 64, 300), 2)
+    p = problem(*shape, torch.bfloat16, device)
+    first, _ = both_ways(p, monkeypatch)
+    for _ in range(times):
+        assert all(torch.equal(a, b) for a, b in zip(p.loss(), first, strict=True))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_sanitizer_smoke_of_hopper(device: str, monkeypatch) -> None:
+    """Tails in every dimension, and a row to do again: see test_loss.py's."""
+    p = problem(70, 72, 300, torch.bfloat16, device)
+    p.x.data[5] *= 100
+    fused, _ = both_ways(p, monkeypatch, margin=3)
+    assert all(part.isfinite().all() for part in fused)
