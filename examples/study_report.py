@@ -143,7 +143,7 @@ def figures_table(results: Results) -> str:
 def rates_table(results: Results) -> str:
     """Error and angle on digits of m = 4 by learning rate and activation."""
     rows = []
-    for name in ("softmax", "for_steps, keep=None", "for_steps", "by_angle"):
+    for name in ("softmax", "for_steps, keep=None", "for_steps, keep=0.6", "for_steps", "by_angle"):
         row = [name]
         for activation in ("relu", "prelu"):
             for lr in (0.01, 0.03, 0.1):
@@ -181,7 +181,7 @@ def plot_failures(results: Results) -> Figure:
 
 def plot_figures(results: Results) -> Figure:
     """Error against angle: mean of the seeds, m = 4, learning rate 0.1, ReLU."""
-    figure = Figure(figsize=(3.4 * len(TASKS), 3.9), dpi=120, layout="constrained")
+    figure = Figure(figsize=(3.4 * len(TASKS), 4.2), dpi=120, layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         baseline = select(results, Cell(task, 1, "softmax", 0.1, 0))
         limit = statistics.mean(run["error"] for run in baseline) + WORSE if baseline else 100
@@ -200,7 +200,14 @@ def plot_figures(results: Results) -> Figure:
                 label=name,
             )
         axes.set(title=task, xlabel="angle to the own class, degrees", xlim=(0, None))
-        axes.legend(fontsize=7)
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    names = [name for name in ANNEALINGS if name in handles]
+    shown = [handles[name] for name in names]
+    figure.legend(shown, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.axes[0].set_ylabel("test error, % (failed ones left out)")
     return figure
 
