@@ -4,8 +4,8 @@
 
 On CPU tensors, through the emulation of CUDA kept with the tests, whose launches and matrix
 products here return at once: what is left is Python, the dispatcher and the engine's C++, as on a
-GPU but for the launches themselves. An autograd.Function that does nothing but save as many tensors
-is the floor of what has one; F.cross_entropy(F.linear(x, W), y) in plain torch, which does compute,
+GPU but for the launches themselves. An autograd.Function that only saves as many tensors shows what
+any of them costs; F.cross_entropy(F.linear(x, W), y) in plain torch, which does compute,
 stands beside as a yardstick of the machine, not of the layer. Needs a C++ compiler, no GPU.
 """
 
@@ -95,7 +95,7 @@ def steps(n: int, d: int, c: int, dtype: torch.dtype) -> dict[str, Callable[[], 
         "layer, constant lam": unannealed,
         "function": function,
         "its ops": ops,
-        "empty autograd.Function": nothing,
+        "autograd.Function that only saves": nothing,
         "F.cross_entropy, computing": plain,
     }
 

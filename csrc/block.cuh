@@ -45,7 +45,7 @@ struct alignas(V * sizeof(T)) Pack {
   T values[V];
 };
 
-// The emulation of tests/ counts the bytes that packs move, which is nearly all that kernels do.
+// The emulation of tests/ counts the bytes that packs move: those of the passes over logits.
 #ifndef LSOFTMAX_COUNT_BYTES
 #define LSOFTMAX_COUNT_BYTES(total, bytes)
 #endif

@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_sum_kernel(LossSum<Acc> p) {
   if (p.loss != nullptr) *p.loss = static_cast<Acc>(sum.loss / divisor);
   if (p.cosine != nullptr) {
     const double mean = sum.cosine / sum.kept, variance = sum.square / sum.kept - mean * mean;
-    // A comparison, not fmax: NaN stays NaN.
-    const double low = mean - sqrt(variance < 0 ? 0 : variance);
+    const double low = mean - sqrt(fabs(variance));  // rounding may be below 0
     *p.cosine = sum.kept > 0 ? static_cast<float>(low) : INFINITY;
   }
   if (p.divisor != nullptr) *p.divisor = static_cast<Acc>(divisor);

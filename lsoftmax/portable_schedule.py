@@ -55,8 +55,8 @@ def anneal_(
     Args:
         steps, lam, share: 0-dim int64, float32, float32.
         next_lam: of the step that is taken, 0-dim float32; None: none is.
-        cosine: of a batch, ``rows.low_cosine``, 0-dim float32, NaN counting as 0; None, or inf, as
-            of no rows: nothing was measured.
+        cosine: of a batch, ``rows.low_cosine``, 0-dim float32, NaN and what is below 0 counting as
+            0; None, or inf, as of no rows: nothing was measured.
         margin: of the layer.
         keep: the share of softmax's logit that the target's is to keep at that angle.
         memory: of the running mean over batches.

@@ -50,8 +50,9 @@ class LambdaSchedule(nn.Module):
               \Leftrightarrow
               \frac{1}{1 + \lambda} \le (1 - \mathrm{keep})\,\frac{\cos\theta}{\cos\theta - \psi}
 
-    with psi = 1 - 2 m theta / pi, which it is at every half bucket. The layer measures the angle
-    after each training step, so lam follows a step later.
+    with psi = 1 - 2 m theta / pi, which it is at every half bucket, and cos theta at least 0. The
+    layer measures the angle after each training step, so lam follows a step later. A batch of few
+    rows has little of a deviation, and one row has none: there a larger ``keep`` does its work.
 
     A schedule belongs to one layer: two that share it would each advance it. Activation
     checkpointing of the layer (``torch.utils.checkpoint``), which runs its forward twice, counts as
@@ -191,8 +192,8 @@ class LambdaSchedule(nn.Module):
 
         Args:
             cosine: between a feature and the vector of its class, the batch's mean less one
-                standard deviation: a 0-dim float tensor on the schedule's device. NaN counts as 0,
-                no angle at all; inf, as of no rows, as nothing measured.
+                standard deviation: a 0-dim float tensor on the schedule's device. NaN and what is
+                below 0 count as 0, no angle at all; inf, as of no rows, as nothing measured.
             margin: of the layer.
 
         Raises:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import lsoftmax
 from distributed_run import World, assert_close, plain_twin, same_everywhere
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss, clip_grad_norm_
+from problems import nearest
 
 F, D, C = 5, 6, 11
 
@@ -60,8 +61,9 @@ def assert_same_training(
     twin = plain_twin(head, **copy.deepcopy(options))
     optimizer, twin_optimizer = sgd(backbone, head), sgd(twin_backbone, twin)
     for _ in range(4):
-        for last, (x, y) in enumerate(batches(world, 2)):
+        for last, (x, _) in enumerate(batches(world, 2)):
             sync(bool(last))
+            y = nearest(twin_backbone(x), twin.linear.weight)
             loss = head(backbone(x[world.rows]), y[world.rows])
             (loss / 2).backward()
             twin_loss = twin(twin_backbone(x), y)
@@ -84,6 +86,8 @@ def assert_same_training(
     for ours, theirs in zip(parameters, twin_parameters, strict=True):
         assert_close(whole(ours), theirs, "parameter", bound)
     assert_close(head.lam, twin.lam, "lam", bound)
+    assert_close(head.schedule.share, twin.schedule.share, "share", max(bound, 1e-5))
+    assert twin.schedule.share > 0 or twin.schedule.keep is None
     assert same_everywhere(head.lam)
     assert head.schedule.steps == 8
 

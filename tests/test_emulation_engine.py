@@ -93,7 +93,7 @@ def test_launches_of_a_shard(engine: ctypes.CDLL) -> None:
             assert launches(engine, work) == count
 
 
-# ---- bytes --------------------------------------------------------------------------------------
+# ---- bytes ---------------------------------------------------------------------------------------
 
 SAMPLE = 512 * 4 * 16  # bytes of a row that loss_rows looks at first: threads x packs x bytes
 
@@ -107,7 +107,11 @@ def test_a_logit_is_read_once_and_its_exponential_written_once(
     """
     n, d, c = 6, 16, 20_000
     p = problem(n, d, c, dtype)
-    size, z, e = dtype.itemsize, max(4, dtype.itemsize), dtype.itemsize  # of a feature and so on
+    size, z, e = (
+        dtype.itemsize,
+        max(4, dtype.itemsize),
+        dtype.itemsize,
+    )  # bytes of a feature, a logit, an exponential
     margin = n * 2 * d * size
     for way, sampled, read in (
         (("classes", 0), SAMPLE, z * n * c),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsoftmax import LambdaSchedule, LSoftmaxLinear, LSoftmaxLoss
+from problems import nearest
 
 LAYERS = (LSoftmaxLoss, LSoftmaxLinear)
 
@@ -28,14 +29,16 @@ def constant() -> LambdaSchedule:
     return LambdaSchedule.constant(0.5)
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(8, 6), torch.randint(5, (8,))
+def batch(head: nn.Module) -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 6)
+    return x, nearest(x, getattr(head, "linear", head).weight)
 
 
 def trained(layer: type, lam: LambdaSchedule, steps: int = 3) -> nn.Module:
     head = layer(6, 5, margin=3, lam=lam)
     for _ in range(steps):
-        head(*batch())
+        head(*batch(head))
+    assert lam.keep is None or lam.share > 0
     return head
 
 
@@ -65,10 +68,10 @@ def test_a_copy_goes_on_alike_and_apart(copied, layer: type, schedule) -> None:
     other = copied(head)
     assert repr(other) == repr(head)
     for _ in range(2):
-        x, y = batch()
+        x, y = batch(head)
         assert torch.equal(head(x, y), other(x, y))
     assert torch.equal(head.lam, other.lam)
-    head(*batch())
+    head(*batch(head))
     assert head.schedule.is_constant or other.schedule.steps == 5
 
 
@@ -90,7 +93,7 @@ def test_a_file_of_tensors_alone(layer: type, schedule) -> None:
     """weights_only=True refuses whatever is no tensor."""
     head, other = trained(layer, schedule()), layer(6, 5, margin=3, lam=schedule())
     other.load_state_dict(saved(head.state_dict(), weights_only=True))
-    x, y = batch()
+    x, y = batch(head)
     assert torch.equal(head(x, y), other(x, y))
     assert torch.equal(head.lam, other.lam)
 
@@ -146,7 +149,7 @@ def test_loaded_by_assignment(layer: type, schedule) -> None:
     other.load_state_dict(head.state_dict(), assign=True)
     assert not [name for name, each in other.named_buffers() if each.is_meta]
     other = other.to("cpu")
-    x, y = batch()
+    x, y = batch(head)
     assert torch.equal(copy.deepcopy(head)(x, y), other(x, y))
 
 
@@ -159,7 +162,7 @@ def test_a_16_bit_checkpoint_loaded_by_assignment() -> None:
     head.load_state_dict(halves, assign=True)
     assert head.linear.weight.dtype == torch.bfloat16
     assert {head.lam.dtype, head.schedule.share.dtype} == {torch.float32}
-    x, y = batch()
+    x, y = batch(head)
     head(x.bfloat16(), y).backward()
     assert head.schedule.steps == 4
 

@@ -114,15 +114,15 @@ def reversed_order(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def stubbed(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
+def stubbed(library: ModuleType) -> Iterator[None]:
     """Within, kernels and matrix products are called but not run: what is left is the host's work.
 
-    Products into a given array, that is (``at::mm_out``): those of the engine.
+    Products into a given array, that is (``at::mm_out``, ``at::addmm_out``): the engine's.
     """
     switches = _as_cdll(library)
-    switches.emulation_set_stubbed(1)
-    switches.engine_set_products_stubbed(1)
     try:
+        switches.emulation_set_stubbed(1)
+        switches.engine_set_products_stubbed(1)
         yield
     finally:
         switches.engine_set_products_stubbed(0)

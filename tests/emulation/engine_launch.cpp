@@ -18,7 +18,12 @@ class Silent : public c10::WarningHandler {
 
 at::Tensor& no_product(const at::Tensor&, const at::Tensor&, at::Tensor& out) { return out; }
 
-std::optional<torch::Library> no_products;  // while it lives, at::mm_out returns at once
+at::Tensor& no_sum(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Scalar&,
+                   const at::Scalar&, at::Tensor& out) {
+  return out;
+}
+
+std::optional<torch::Library> no_products;  // while it lives, products return at once
 
 }  // namespace
 
@@ -29,6 +34,7 @@ extern "C" void engine_set_products_stubbed(int value) {
   const c10::WarningUtils::WarningHandlerGuard guard(&silent);
   no_products.emplace(torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__);
   no_products->impl("mm.out", no_product);
+  no_products->impl("addmm.out", no_sum);
 }
 
 extern "C" const char* engine_loss_rows(const void* params) {

@@ -95,6 +95,13 @@ FAULTS = [
         "test_annealing_ops.py::test_low_cosine",
     ),
     portable(
+        "annealing: the root of a rounding below 0",
+        "rows.py",
+        "xp.sqrt(abs(rows.dot(rows) / count - mean * mean))",
+        "xp.sqrt(rows.dot(rows) / count - mean * mean)",
+        "test_annealing_ops.py::test_rows_alike_have_no_deviation",
+    ),
+    portable(
         "annealing: by the mean cosine, as if no row were harder",
         "rows.py",
         "low = mean - xp.sqrt(abs(rows.dot(rows) / count - mean * mean))",
@@ -202,7 +209,7 @@ FAULTS = [
         "test_annealing_ops.py::test_anneal",
     ),
     kernel(
-        "annealing: the kernel's mean cosine is over all rows, ignored ones too",
+        "annealing: the kernel's mean is over all rows, ignored ones too",
         "loss_sum.cu",
         "mean = sum.cosine / sum.kept,",
         "mean = sum.cosine / p.n,",
@@ -211,9 +218,23 @@ FAULTS = [
     kernel(
         "annealing: the kernel goes by the mean cosine, as if no row were harder",
         "loss_sum.cu",
-        "mean - sqrt(variance < 0 ? 0 : variance)",
+        "mean - sqrt(fabs(variance))",
         "mean - 0 * variance",
         "test_annealing_ops.py::test_low_cosine",
+    ),
+    kernel(
+        "annealing: the kernel's squares are over all rows, ignored ones too",
+        "loss_sum.cu",
+        "sum.square / sum.kept",
+        "sum.square / p.n",
+        "test_annealing_ops.py::test_low_cosine",
+    ),
+    kernel(
+        "row pass: each pack of logits is read twice",
+        "loss_rows.cu",
+        "if (k < packs) logits[n] = load<kVector>(head + k * kVector);",
+        "for (int t = 0; t < 2 && k < packs; ++t) logits[n] = load<kVector>(head + k * kVector);",
+        "test_emulation_engine.py::test_a_logit_is_read_once_and_its_exponential_written_once",
     ),
     kernel(
         "annealing: to the kernel a batch without rows has a right angle",

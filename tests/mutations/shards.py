@@ -55,6 +55,14 @@ FAULTS = [
         world(2, "distributed_checks:ignored_rows"),
     ),
     parallel(
+        "annealing goes by the mean cosine, as if no row were harder",
+        "class_parallel.py",
+        "cosine = low_cosine(measured[0], claims > 0)",
+        "cosine = measured[0].mean().float()",
+        world(2, "distributed_checks:ignored_rows"),
+        world(2, "distributed_training_checks:data_parallel"),
+    ),
+    parallel(
         "NaN of an ignored row goes everywhere",
         "class_parallel.py",
         "x = torch.where(kept.unsqueeze(1), x, 0.0)",
