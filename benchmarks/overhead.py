@@ -65,12 +65,15 @@ def steps(n: int, d: int, c: int, dtype: torch.dtype) -> dict[str, Callable[[], 
     fixed = (x.detach(), w.detach(), y)
     one = torch.ones(())
 
+    def forward_op() -> tuple[torch.Tensor, ...]:
+        return torch.ops.lsoftmax.loss_fwd(*fixed, 4, lam, None, 1, -100, 0.0, True, 0)
+
     def ops() -> None:
-        saved = torch.ops.lsoftmax.loss_fwd(*fixed, 4, lam, None, 1, -100, 0.0, True, 0)
+        saved = forward_op()
         rest = (-100, 0.0, 0, True, True)
         torch.ops.lsoftmax.loss_bwd(one, *fixed, None, *saved[1:4], *rest)
 
-    made = torch.ops.lsoftmax.loss_fwd(*fixed, 4, lam, None, 1, -100, 0.0, True, 0)
+    made = forward_op()
     gradients = tuple(torch.empty_like(matrix) for matrix in fixed[:2])
 
     class Nothing(torch.autograd.Function):

@@ -118,8 +118,7 @@ def reduce(
 ) -> tuple[Tensor, Tensor]:
     """The loss, and what divided it."""
     if kept is not None:
-        kept_rows = kept.numpy() if isinstance(row_loss, np.ndarray) else kept
-        row_loss = namespace(index).where(kept_rows, row_loss, 0.0)
+        row_loss = namespace(index).where(_mask(kept, row_loss), row_loss, 0.0)
     divisor = divisor_of(index, kept, weight, reduction, dtype)
     if reduction == NONE:
         return torch.as_tensor(row_loss).to(dtype), divisor
@@ -133,17 +132,17 @@ def low_cosine(cosines: Vector, kept: Tensor | None) -> Tensor:
     """What annealing goes by: the mean of the kept rows' cosines less one standard deviation, which
     about a sixth of them are below. A 0-dim float32 tensor; inf, which it can't be, of no rows.
     """
-    on_cpu = isinstance(cosines, np.ndarray)
-    xp: Any = np if on_cpu else torch
-    mask: Any = kept
-    if kept is None:
-        mask = xp.ones_like(cosines, dtype=bool)
-    elif on_cpu:
-        mask = kept.numpy()
+    xp: Any = np if isinstance(cosines, np.ndarray) else torch
+    mask = xp.ones_like(cosines, dtype=bool) if kept is None else _mask(kept, cosines)
     rows, count = xp.where(mask, cosines, 0.0), mask.sum()
     mean = rows.sum() / count
     low = mean - xp.sqrt(abs(rows.dot(rows) / count - mean * mean))  # rounding may be below 0
     return torch.as_tensor(xp.where(count > 0, low, math.inf)).float()
+
+
+def _mask(kept: Tensor, numbers: Vector) -> Any:
+    """The kept rows, for the library that the numbers are of."""
+    return kept.numpy() if isinstance(numbers, np.ndarray) else kept
 
 
 def divisor_of(

@@ -33,7 +33,7 @@ def compare(world: World, x: Tensor, y: Tensor, margin: int = 4, **options: Any)
         head.linear.local().detach().abs_()
     twin = plain_twin(head, **options)
     if near:
-        y = torch.where(y == twin.ignore_index, y, nearest(x, twin.linear.weight))
+        y = torch.where(y == twin.ignore_index, y, nearest(x, twin))
     whole = x.clone().requires_grad_()
     truth = twin(whole, y)
     upstream = torch.linspace(0.5, 1.5, max(1, truth.numel()), dtype=torch.float64)

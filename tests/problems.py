@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsoftmax import functional, reference
@@ -63,13 +63,14 @@ def problem(
     return Problem(x, w, torch.randint(c, (n,)).to(device))
 
 
-def nearest(features: Tensor, weight: Tensor) -> Tensor:
-    """Targets (N,): of each row the class vector at the smallest angle.
+def nearest(features: Tensor, head: nn.Module) -> Tensor:
+    """Targets (N,): of each row the layer's class vector at the smallest angle.
 
     With random ones the features' mean cosine less its deviation is below 0, which counts as 0 in
     whatever annealing makes of it: a test would compare 0 with 0.
     """
-    features, weight = features.detach().double(), weight.detach().double()
+    weight = getattr(head, "linear", head).weight.detach().double()
+    features = features.detach().double()
     return (F.normalize(features, dim=1) @ F.normalize(weight, dim=1).T).argmax(1)
 
 

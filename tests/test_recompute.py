@@ -33,9 +33,8 @@ def by_angle() -> LambdaSchedule:
 
 
 def batch(network: Network) -> tuple[Tensor, Tensor]:
-    weight = getattr(network.head, "linear", network.head).weight
-    x = torch.randn(8, 4, device=weight.device, requires_grad=True)
-    return x, nearest(network.body(x).tanh(), weight)
+    x = torch.randn(8, 4, device=network.body.weight.device, requires_grad=True)
+    return x, nearest(network.body(x).tanh(), network.head)
 
 
 def train(network: Network, batches: list, run) -> list[Tensor]:
