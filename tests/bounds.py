@@ -80,10 +80,14 @@ def tiny(dtype: torch.dtype) -> float:
     return 2.0**-1000 if dtype == torch.float64 else 2.0**-120
 
 
-def least(dtype: torch.dtype, d: int) -> float:
-    """The length of D elements that are too small for the result's type."""
+def least(dtype: torch.dtype, d: int, terms: int = 1) -> float:
+    """The length of D elements, each the sum of so many terms, all too small for the result's type.
+
+    Processors that multiply bfloat16 (VDPBF16PS) take every subnormal float32 among the terms for 0.
+    """
     info = torch.finfo(dtype)
-    return float(info.tiny * info.eps * d**0.5)
+    lost = terms if dtype == torch.bfloat16 else info.eps
+    return float(info.tiny * lost * d**0.5)
 
 
 def loss_bounds(
@@ -117,8 +121,8 @@ def loss_bounds(
     most = 1e200 if remade else 1.0  # times a norm of 0 it is 0
 
     loss = tiny(dtype) * total + least(accumulate_type(dtype), 1)
-    dx = least(dtype, d) + x.new_zeros(n)
-    dw = least(dtype, d) + x.new_zeros(num_classes)
+    dx = least(dtype, d, num_classes) + x.new_zeros(n)
+    dw = least(dtype, d, n) + x.new_zeros(num_classes)
     # Ours, and the reference's own in float64, which has 1 - p_y from a difference.
     ours, truth = (dtype, GRADIENT[dtype], 0.0), (torch.float64, 1e-13, rounding(torch.float64, d))
     for kind, relative, floor in (ours, truth):
@@ -172,11 +176,11 @@ def linear_bounds(
     size = torch.outer(g.a, w_norms)
     logits = (x @ w.t()).scatter(1, column, g.f.unsqueeze(1)).abs()
     out = unit * size.scatter_add(1, column, (g.f_error / unit + g.f.abs()).unsqueeze(1))
-    out = out + LOGIT[dtype] * logits + least(dtype, 1)
+    out = out + LOGIT[dtype] * logits + least(dtype, 1, d)
     grad = upstream.abs()
     own = grad.gather(1, column).squeeze(1)
     # Backward's products hold the target's with a slope of 1, and the rest is added.
     own = own * (GRADIENT[dtype] * (1 + g.slope) + g.slope_error)
-    dx = GRADIENT[dtype] * (grad @ w_norms) + own * g.b + least(dtype, d)
-    dw = GRADIENT[dtype] * (grad.t() @ g.a) + least(dtype, d)
+    dx = GRADIENT[dtype] * (grad @ w_norms) + own * g.b + least(dtype, d, len(w))
+    dw = GRADIENT[dtype] * (grad.t() @ g.a) + least(dtype, d, len(x))
     return Bounds(out, dx, dw.index_add(0, y, own * g.a))
