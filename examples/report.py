@@ -8,7 +8,6 @@ hand: an experiment's results.json under the name of the experiment.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import classification
+import pages
 import recognition
 from experiment import Row, by_seed, mean_and_spread, name
 from figures import draw_angles, draw_roc
@@ -99,17 +99,14 @@ def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
     Raises:
         SystemExit: the page has no place for one.
     """
-    places = re.findall(r"<!-- (?!end)(.*?) -->\n", page)
     for key in results:
-        if places.count(key) != 1:
-            raise SystemExit(f"docs/experiments.md: expected one <!-- {key} --> ... <!-- end -->")
-    for key in places:
+        page = pages.fill(page, key, "")
+    for key in pages.blocks(page):
         text = "Not measured yet.\n"
         if key in results:
             picture = f"![{PARTS[key].picture}](experiments-{key}.png)\n"
             text = f"{block(PARTS[key], results[key])}\n{picture}"
-        pattern = rf"(<!-- {key} -->\n).*?(<!-- end -->)"
-        page = re.sub(pattern, lambda m, t=text: m[1] + t + m[2], page, flags=re.DOTALL)
+        page = pages.fill(page, key, text)
     return page
 
 
@@ -132,8 +129,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
 
 def fill_readme(page: str, results: dict[str, dict[str, Any]]) -> str:
     """The README with its table of the results."""
-    pattern = r"(<!-- experiments -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda m: m[1] + summary(results) + m[2], page, flags=re.DOTALL)
+    return pages.fill(page, "experiments", summary(results))
 
 
 def load() -> dict[str, dict[str, Any]]:

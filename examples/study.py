@@ -52,9 +52,12 @@ def cells(margin: int, annealing: str, seed: int) -> Iterator[Cell]:
     yield cell("digits", 1e-3, optimizer="adamw")
     yield cell("mnist")
     if margin in (1, 4):
-        yield cell("digits-long")
         yield cell("mnist", 0.01)
         yield cell("mnist", activation="prelu")
+        for task in ("digits-long", "mnist-long"):
+            yield cell(task)
+            yield cell(task, 0.01)
+            yield cell(task, activation="prelu")
     if margin in (1, 2, 4):
         yield cell("omniglot")
 

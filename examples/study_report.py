@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import files
+import pages
 from study_tasks import ANNEALINGS, TASKS, Cell
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -25,22 +26,9 @@ Results = dict[Cell, dict[str, Any]]
 
 
 def write(runs: dict[str, dict[str, Any]]) -> None:
-    """The blocks of docs/training.md between <!-- name --> and <!-- end -->, and its plots."""
-    results = {cell_of(key): figures for key, figures in runs.items()}
-    blocks = {
-        "runs": runs_table(results),
-        "failures": failures_table(results),
-        "figures": figures_table(results),
-        "rates": rates_table(results),
-    }
-    page = DOCS / "training.md"
-    text = page.read_text()
-    for name, block in blocks.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, b=block: m[1] + b + m[2], text, flags=re.DOTALL)
-        if found != 1:
-            raise SystemExit(f"{page}: expected one block <!-- {name} --> ... <!-- end -->")
-    files.write(page, text.encode())
+    """The tables of docs/training.md, and its plots."""
+    page, results = DOCS / "training.md", cells_of(runs)
+    files.write(page, fill(page.read_text(), results).encode())
     for name, figure in (
         ("failures", plot_failures(results)),
         ("figures", plot_figures(results)),
@@ -49,6 +37,28 @@ def write(runs: dict[str, dict[str, Any]]) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         files.write(DOCS / f"training-{name}.png", buffer.getvalue())
+
+
+def fill(page: str, results: Results) -> str:
+    """The page with its tables made anew.
+
+    Raises:
+        SystemExit: the page has no place for one.
+    """
+    tables = {
+        "runs": runs_table,
+        "failures": failures_table,
+        "figures": figures_table,
+        "defaults": defaults_table,
+    }
+    for name, made in tables.items():
+        page = pages.fill(page, name, made(results))
+    return page
+
+
+def cells_of(runs: dict[str, dict[str, Any]]) -> Results:
+    """Figures by cell, of figures by the cell's key."""
+    return {cell_of(key): figures for key, figures in runs.items()}
 
 
 def cell_of(key: str) -> Cell:
@@ -92,6 +102,11 @@ def spread(runs: Iterable[dict[str, Any]], name: str) -> str:
     return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
 
 
+def setting(cell: Cell) -> str:
+    """What trainings of a task differ in, besides their loss."""
+    return f"{cell.optimizer} {cell.lr:g} {cell.activation} {cell.dtype}"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -108,7 +123,7 @@ def runs_table(results: Results) -> str:
     rows = []
     for name, task in TASKS.items():
         cells = [cell for cell in results if cell.task == name]
-        settings = {f"{c.optimizer} {c.lr:g} {c.activation} {c.dtype}" for c in cells}
+        settings = {setting(cell) for cell in cells}
         seeds = len({cell.seed for cell in cells})
         diverged = sum(results[cell]["diverged"] is not None for cell in cells)
         numbers = (task.epochs, len(settings), seeds, len(cells), diverged)
@@ -140,19 +155,19 @@ def figures_table(results: Results) -> str:
     return table(["m = 4", *(f"{task}, {key}" for task in TASKS for key in ("%", "°"))], rows)
 
 
-def rates_table(results: Results) -> str:
-    """Error and angle on digits of m = 4 by learning rate and activation."""
+def defaults_table(results: Results) -> str:
+    """Error and angle of softmax and of both default schedules, m = 4, in every setting."""
     rows = []
-    for name in ("softmax", "for_steps, keep=None", "for_steps, keep=0.6", "for_steps", "by_angle"):
-        row = [name]
-        for activation in ("relu", "prelu"):
-            for lr in (0.01, 0.03, 0.1):
-                margin = 1 if name == "softmax" else 4
-                runs = select(results, Cell("digits", margin, name, lr, 0, activation))
-                row.append(f"{spread(runs, 'error')}; {spread(runs, 'angle')}")
-        rows.append(row)
-    rates = [f"{a}, {lr}" for a in ("ReLU", "PReLU") for lr in (0.01, 0.03, 0.1)]
-    return table(["digits, m = 4: %; °", *rates], rows)
+    settings = {replace(cell, seed=0) for cell in results if cell.annealing == "softmax"}
+    for like in sorted(settings, key=lambda cell: ([*TASKS].index(cell.task), cell.group)):
+        losses = ((1, "softmax"), (4, "for_steps"), (4, "by_angle"))
+        found = [select(results, replace(like, margin=m, annealing=name)) for m, name in losses]
+        softmax, *ours = ([run["angle"] for run in runs] for runs in found)
+        narrower = [f"{statistics.mean(softmax) / statistics.mean(angle):.1f}" for angle in ours]
+        columns = [f"{spread(runs, 'error')}; {spread(runs, 'angle')}" for runs in found]
+        rows.append([like.task, setting(like), *columns, " / ".join(narrower)])
+    head = ["task", "setting", "softmax: %; °", "for_steps", "by_angle", "times narrower"]
+    return table(head, rows)
 
 
 def plot_failures(results: Results) -> Figure:

@@ -135,6 +135,7 @@ TASKS = {
     "digits": Task(load_digits, perceptron(64, 64, 32), 32, batch=64, epochs=20),
     "digits-long": Task(load_digits, perceptron(64, 64, 32), 32, batch=64, epochs=100),
     "mnist": Task(load_mnist, perceptron(196, 64, 64), 64, batch=128, epochs=4),
+    "mnist-long": Task(load_mnist, perceptron(196, 64, 64), 64, batch=128, epochs=20),
     "omniglot": Task(load_omniglot, perceptron(225, 128, 64), 64, batch=64, epochs=15),
 }
 

@@ -83,7 +83,7 @@ def tiny(dtype: torch.dtype) -> float:
 def least(dtype: torch.dtype, d: int, terms: int = 1) -> float:
     """The length of D elements, each the sum of so many terms, all too small for the result's type.
 
-    Processors that multiply bfloat16 (VDPBF16PS) take every subnormal float32 among the terms for 0.
+    Processors that multiply bfloat16 (VDPBF16PS) take a subnormal float32 among the terms for 0.
     """
     info = torch.finfo(dtype)
     lost = terms if dtype == torch.bfloat16 else info.eps
