@@ -1,6 +1,7 @@
 """The loss without an N x C array: chunks of classes, and chunks of rows, at the level of the ops.
 
-Numbers against float64, as in test_loss.py; which of the ways a call takes is test_plan.py's.
+Numbers against float64, as in test_loss.py; which of the ways a call takes is test_plan.py's, and
+difficult numbers are test_chunks_numbers.py's.
 """
 
 from __future__ import annotations
@@ -10,75 +11,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from lsoftmax.margin import accumulate_type
-from problems import Problem, problem, relative_error
-from test_loss import FLOATS, OPTIONS, rounding_error
-
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-IN_BUDGET = ("classes", 0)
-UPSTREAM = 0.5  # what Problem.loss sends into a scalar
-
-
-def fixed_arguments(p: Problem, **options) -> tuple:
-    options = {"lam": 0.0, "weight": None, "reduction": "mean", "ignore_index": -100, **options}
-    weight = options["weight"]
-    return (
-        p.x.detach(),
-        p.w.detach(),
-        p.y,
-        options.get("margin", 4),
-        torch.tensor(options["lam"], device=p.x.device),
-        None if weight is None else weight.to(accumulate_type(p.x.dtype)),
-        REDUCTIONS[options["reduction"]],
-        options["ignore_index"],
-        options.get("label_smoothing", 0.0),
-    )
-
-
-def run(
-    p: Problem, way: tuple[str, int], loss_scale: float = 1.0, **options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients by ("classes", chunk) or ("rows", chunk); upstream as in Problem.loss.
-
-    With a ``loss_scale`` as float16 has it: small gradients are not in its range.
-    """
-    along, chunk = way
-    fixed = fixed_arguments(p, **options)
-    if along == "rows":
-        loss, dx, dw, _ = torch.ops.lsoftmax.loss_and_gradients(*fixed, chunk, True, True)
-        assert dx.dtype == dw.dtype == loss.dtype
-        return loss, dx * UPSTREAM, dw * UPSTREAM  # of any size in float32: no scale
-    loss, e, rows, divisor, _ = torch.ops.lsoftmax.loss_fwd(*fixed, True, chunk)
-    assert chunk == 0 or e.shape == (0,)
-    assert rows.shape == (5, p.x.shape[0])
-    grad = torch.full_like(loss, UPSTREAM * loss_scale)
-    if loss.dim() == 1:
-        grad = torch.linspace(0.5, 1.5, len(loss)).to(loss) * loss_scale
-    saved = (p.x.detach(), p.w.detach(), p.y, fixed[5], e, rows, divisor, *fixed[7:])
-    dx, dw = torch.ops.lsoftmax.loss_bwd(grad, *saved, chunk, True, True)
-    return (
-        (loss, dx, dw)
-        if loss_scale == 1
-        else (loss, dx.double() / loss_scale, dw.double() / loss_scale)
-    )
-
-
-def assert_close(
-    ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], loss_bound: float, gradient_bound: float
-) -> None:
-    bounds = (loss_bound, gradient_bound, gradient_bound)
-    for name, value, true, bound in zip(("loss", "dx", "dw"), ours, truth, bounds, strict=True):
-        assert value.shape == true.shape, name
-        assert relative_error(value, true) <= bound, name
-
-
-def bounds_for(p: Problem, **options) -> tuple[float, float]:
-    """Of loss and gradients, docs/design.md's: in 16 bits twice what two roundings cost."""
-    exact = {torch.float64: (1e-11, 1e-11), torch.float32: (2e-6, 1e-5)}.get(p.x.dtype)
-    return exact or (1e-4, 2 * rounding_error(p, p.x.dtype, **options))
-
+from chunks import IN_BUDGET, assert_close, bounds_for, fixed_arguments, run
+from problems import problem
+from test_loss import FLOATS, OPTIONS
 
 # One class, one and more packs, ragged, all, more than all; and as many rows.
 WAYS = [("classes", k) for k in (1, 7, 8, 40, 101, 1000)] + [("rows", k) for k in (1, 7, 33, 100)]
@@ -218,122 +154,6 @@ def test_more_rows_than_are_compared_in_pairs(dtype: torch.dtype, device: str) -
     truth, bounds = p.true_loss(lam=0.3), bounds_for(p, lam=0.3)
     for way in (IN_BUDGET, ("classes", 3), ("rows", 4150)):
         assert_close(run(p, way, lam=0.3), truth, *bounds)
-
-
-# ---- difficult numbers ---------------------------------------------------------------------------
-
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-EVERY_WAY = [IN_BUDGET, ("classes", 3), ("rows", 3)]
-
-
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("log_p", [-5.0, -12.0, -20.7])
-def test_nearly_certain_rows_keep_their_digits(
-    log_p: float, dtype: torch.dtype, device: str
-) -> None:
-    """At 1 - p_y = 1e-9, lse - f and p - 1 in float32 are 0; loss and gradients must not be."""
-    # Powers of two and one feature a class: every product is exact, the truth is known.
-    c = 8
-    w = torch.eye(c, dtype=torch.float64)
-    x = torch.zeros(c, c, dtype=torch.float64)
-    y = torch.arange(c)
-    x[y, y] = round((math.log(c - 1) - log_p) * 64) / 64
-    p = Problem(*(t.to(dtype).to(device).requires_grad_() for t in (x, w)), y.to(device))
-    for reduction, way in itertools.product(("sum", "none"), EVERY_WAY):
-        if way[0] == "rows" and reduction == "none":
-            continue
-        scale = 2.0 ** round(-log_p / math.log(2)) if dtype == torch.float16 else 1.0
-        ours = run(p, way, scale, margin=3, reduction=reduction)
-        truth = p.true_loss(margin=3, reduction=reduction)
-        assert (truth[0] < 3 * c * math.exp(log_p)).all(), "the case is not the one meant"
-        assert_close(ours, truth, BOUNDS[dtype], BOUNDS[dtype])
-
-
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_nearly_uniform_rows_of_a_million_classes(dtype: torch.dtype, device: str) -> None:
-    """The loss is log C and a bit, each gradient of another class a millionth."""
-    p = problem(2, 2, 1_000_000, dtype, device, norm=0.1)
-    p.x.detach().abs_()  # the two rows' parts of dW do not cancel: what is left would be rounding
-    bounds = bounds_for(p, reduction="sum")
-    if dtype == torch.float16:  # of two rows, one of which may nearly cancel
-        bounds = (bounds[0], max(bounds[1], 4e-3))
-    truth = p.true_loss(reduction="sum")
-    others = torch.ones(1_000_000, dtype=torch.bool, device=device)
-    others[p.y] = False
-    for way in (IN_BUDGET, ("classes", 300_000), ("rows", 1)):
-        # Not 2^13: a target's part, m^2 = 16 times a class vector, would leave the range.
-        ours = run(p, way, 2.0**11 if dtype == torch.float16 else 1.0, reduction="sum")
-        assert_close(ours, truth, *bounds)
-        # The targets' rows of dW hide the others'; of those, each is a product of two roundings.
-        bound = bounds[1] if dtype == torch.float32 else 1e-2
-        assert relative_error(ours[2][others], truth[2][others]) < bound
-
-
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_one_class_dominates(dtype: torch.dtype, device: str) -> None:
-    """Logits far above all in earlier chunks, or in later ones: running sums are rescaled."""
-    c = 40
-    peaks = [
-        {35: 60},  # in the last chunk, others first
-        {2: 60},  # in the first chunk, others after
-        {5: 60, 18: 130, 35: 90},  # up, and down again
-        {17: 130},  # the target itself
-        {17: 100, 3: 100, 36: 99},  # as large as the target, in chunks before and after
-        {6: 1000},
-    ]
-    n = len(peaks)
-    p = problem(n, 8, c, dtype, device)
-    with torch.no_grad():
-        p.x.zero_()
-        p.x[:, :n] = torch.eye(n)  # a column of W a row
-        for i, row in enumerate(peaks):
-            for place, size in row.items():
-                p.w[place, i] = size
-        p.y.fill_(17)
-    for smoothing, way in itertools.product((0.0, 0.1), EVERY_WAY):
-        options = {"margin": 4, "lam": 1.0, "reduction": "sum", "label_smoothing": smoothing}
-        ours, truth = run(p, way, **options), p.true_loss(**options)
-        assert_close(ours, truth, BOUNDS[dtype], BOUNDS[dtype])
-        for i in range(n):  # every row by itself: a large one hides the others
-            assert relative_error(ours[1][i], truth[1][i]) < BOUNDS[dtype], (i, way)
-
-
-def test_rows_far_below_zero(device: str) -> None:
-    """All logits about -1000, and some -inf: only differences may matter."""
-    p = problem(6, 4, 40, torch.float32, device)
-    with torch.no_grad():
-        p.x[:, 0], p.w[:, 0] = -100.0, 10.0
-    truth = p.true_loss(margin=2, lam=1.0)
-    for way in EVERY_WAY:
-        assert_close(run(p, way, margin=2, lam=1.0), truth, 1e-5, 1e-4)
-    with torch.no_grad():
-        p.x[:, 0] = -1.0
-        p.w[:8, 0] = math.inf  # whole chunks of logits of -inf
-        p.y.fill_(20)
-    losses = [run(p, way, margin=2, lam=1.0)[0] for way in (IN_BUDGET, ("classes", 4))]
-    assert torch.isfinite(losses[0])
-    torch.testing.assert_close(losses[1], losses[0])
-
-
-def test_sanitizer_smoke_of_chunks(device: str) -> None:
-    """Both kinds, with a ragged last chunk: see test_loss.py's."""
-    for dtype, smoothing in itertools.product((torch.float32, torch.bfloat16), (0.0, 0.1)):
-        p = problem(9, 7, 300, dtype, device)
-        for way in (("classes", 64), ("rows", 4)):
-            run(p, way, margin=3, label_smoothing=smoothing)
-
-
-def test_more_than_2_31_logits(device: str, backend: str) -> None:
-    """Kept whole, against float64 where its offsets are the largest, and against chunks."""
-    if backend != "cuda":
-        pytest.skip("16 GB of logits; test_emulation_engine.py has the kernels' offsets")
-    p = problem(4096, 64, 1_000_000, torch.float32, device)
-    whole = run(p, IN_BUDGET, margin=4, lam=1.0, reduction="sum")
-    last = Problem(p.x[-4:].detach().requires_grad_(), p.w, p.y[-4:])
-    _, dx, _ = last.true_loss(margin=4, lam=1.0, reduction="sum")
-    assert relative_error(whole[1][-4:], dx) < 1e-5
-    in_chunks = run(p, ("classes", 100_000), margin=4, lam=1.0, reduction="sum")
-    assert_close(whole, in_chunks, 1e-6, 1e-5)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

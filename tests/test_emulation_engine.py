@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from chunks import fixed_arguments, run
 from emulation import build
 from problems import Problem, problem
-from test_chunks import fixed_arguments, run
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from chunks import IN_BUDGET, run
 from lsoftmax import functional
 from problems import Problem, problem
-from test_chunks import IN_BUDGET, run
 from test_loss import FLOATS
 
 N, D, C = 7, 12, 29
