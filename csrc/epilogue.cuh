@@ -19,19 +19,30 @@ struct Tile {
   int64_t row, first_class, number;  // number: of its column of tiles
 };
 
+// What is loaded of a row before the products: nothing waits for it until they are done.
+struct LoadedRow {
+  int64_t y;
+  float reference;
+
+  __device__ LoadedRow(const GemmExponentials& p, int64_t row) {
+    const int64_t i = row < p.n ? row : p.n - 1;  // beyond the last nothing is stored
+    y = p.target[i];
+    reference = p.reference[i];
+  }
+};
+
 // Of one of the two rows of a tile that a thread has sums of, what concerns their exponentials.
 struct RowOfTile {
-  float reference = 0;
+  float reference;
   int end = kTileClasses;  // classes of this tile from here on count as 0: there are none, or the
                            // row is ignored
   int target = -1;         // among this tile's classes, or not
 
-  __device__ RowOfTile(const GemmExponentials& p, int64_t row, int64_t first_class) {
-    if (row >= p.n) return;  // nothing is stored of it
-    reference = p.reference[row];
-    const int64_t y = p.target[row], place = y - p.first_class - first_class;
+  __device__ RowOfTile(const GemmExponentials& p, const LoadedRow& row, int64_t first_class)
+      : reference(row.reference) {
+    const int64_t place = row.y - p.first_class - first_class;
     if (p.c - first_class < end) end = static_cast<int>(p.c - first_class);
-    if (y == p.ignore_index) end = 0;
+    if (row.y == p.ignore_index) end = 0;
     if (place >= 0 && place < kTileClasses) target = static_cast<int>(place);
   }
   __device__ bool plain() const { return end == kTileClasses && target < 0; }
@@ -50,7 +61,7 @@ struct Epilogue {
   Tile tile;
   int64_t first_row;       // of the warp
   int warp, lane;          // warp: among the multiplying ones
-  RowOfTile upper, lower;  // rows lane / 4 and lane / 4 + 8 of the warp
+  LoadedRow upper, lower;  // rows lane / 4 and lane / 4 + 8 of the warp
 
   __device__ Epilogue(const GemmExponentials& params, const Tile& t, int multiplying_warp)
       : p(params),
@@ -58,12 +69,25 @@ struct Epilogue {
         first_row(t.row + multiplying_warp * kWarpRows),
         warp(multiplying_warp),
         lane(threadIdx.x % kWarp),
-        upper(p, first_row + lane / 4, t.first_class),
-        lower(p, first_row + lane / 4 + 8, t.first_class) {}
+        upper(p, first_row + lane / 4),
+        lower(p, first_row + lane / 4 + 8) {}
 
-  template <bool kPlain>
-  __device__ void take(const float (&sums)[hopper::kAccumulators]) const {
-    const auto words = hopper::dynamic_shared<uint32_t>();
+  // A warp has no other to run while it waits: what can be decided once is decided here, so that
+  // exponentials, packing and stores are one block of code that hides its own latencies.
+  __device__ void finish(const float (&sums)[hopper::kAccumulators]) const {
+    const RowOfTile u(p, upper, tile.first_class), l(p, lower, tile.first_class);
+    const bool plain = __all_sync(kFullMask, u.plain() && l.plain());
+    if (p.e != nullptr) {
+      plain ? take<true, true>(sums, u, l) : take<false, true>(sums, u, l);
+    } else {
+      plain ? take<true, false>(sums, u, l) : take<false, false>(sums, u, l);
+    }
+  }
+
+  template <bool kPlain, bool kStore>
+  __device__ void take(const float (&sums)[hopper::kAccumulators], const RowOfTile& u,
+                       const RowOfTile& l) const {
+    const auto words = hopper::dynamic_shared<uint32_t>() + warp * kWarpPieces * kPieceWords;
     float upper_sum = 0, lower_sum = 0;
 #pragma unroll
     for (int chunk = 0; chunk < kTileClasses; chunk += kChunkClasses) {
@@ -71,20 +95,17 @@ struct Epilogue {
       for (int piece = 0; piece < kPieces; ++piece) {
         const int i = (chunk / kPieceClasses + piece) * 4;  // see kAccumulators
         const int column = chunk + piece * kPieceClasses + lane % 4 * 2;
-        const float u0 = upper.exponential<kPlain>(sums[i], column);
-        const float u1 = upper.exponential<kPlain>(sums[i + 1], column + 1);
-        const float l0 = lower.exponential<kPlain>(sums[i + 2], column);
-        const float l1 = lower.exponential<kPlain>(sums[i + 3], column + 1);
+        const float u0 = u.exponential<kPlain>(sums[i], column);
+        const float u1 = u.exponential<kPlain>(sums[i + 1], column + 1);
+        const float l0 = l.exponential<kPlain>(sums[i + 2], column);
+        const float l1 = l.exponential<kPlain>(sums[i + 3], column + 1);
         upper_sum += u0 + u1;
         lower_sum += l0 + l1;
-        if (p.e == nullptr) continue;
+        if (!kStore) continue;
         words[place(lane / 4, piece) * kPieceWords + lane % 4] = hopper::pack_bfloat16(u0, u1);
         words[place(lane / 4 + 8, piece) * kPieceWords + lane % 4] = hopper::pack_bfloat16(l0, l1);
       }
-      if (p.e == nullptr) continue;
-      __syncwarp();
-      store(tile.first_class + chunk);
-      __syncwarp();  // before the next chunk overwrites this one
+      if (kStore) store<kPlain>(chunk);
     }
     if (p.partial == nullptr) return;
     store_sum(upper_sum, first_row + lane / 4);
@@ -92,21 +113,28 @@ struct Epilogue {
   }
 
   // Of piece `piece` of row `row` of the warp's chunk, in pieces.
-  __device__ int place(int row, int piece) const {
-    return warp * kWarpPieces + row * kPieces + (piece ^ row % kPieces);
+  __device__ static int place(int row, int piece) {
+    return row * kPieces + (piece ^ row % kPieces);
   }
 
-  // The warp's chunk, to classes from `left` on of E: 128 bytes of 4 rows at a time. Not to be kept
-  // in the L2, which x and w need.
-  __device__ void store(int64_t left) const {
-    const auto pieces = hopper::dynamic_shared<uint4>();
-    constexpr int kRows = kWarp / kPieces;
+  // The warp's chunk, to classes from `chunk` of the tile on: 128 bytes of 4 rows at a time. Not to
+  // be kept in the L2, which x and w need.
+  template <bool kPlain>
+  __device__ void store(int chunk) const {
+    const auto pieces = hopper::dynamic_shared<uint4>() + warp * kWarpPieces;
+    constexpr int kRows = kWarp / kPieces, kTimes = kWarpRows / kRows;
+    const int row = lane / kPieces, piece = lane % kPieces;
+    const int64_t i = first_row + row, j = tile.first_class + chunk + piece * kPieceClasses;
+    uint4 values[kTimes];
+    __syncwarp();
 #pragma unroll
-    for (int first = 0; first < kWarpRows; first += kRows) {
-      const int row = first + lane / kPieces, piece = lane % kPieces;
-      const int64_t i = first_row + row, j = left + piece * kPieceClasses;
-      const uint4 values = pieces[place(row, piece)];
-      if (i < p.n && j < p.c) __stcs(reinterpret_cast<uint4*>(p.e + i * p.e_stride + j), values);
+    for (int k = 0; k < kTimes; ++k) values[k] = pieces[place(row + k * kRows, piece)];
+    __syncwarp();  // before the next chunk overwrites this one
+#pragma unroll
+    for (int k = 0; k < kTimes; ++k) {
+      if (i + k * kRows < p.n && (kPlain || j < p.c)) {
+        __stcs(reinterpret_cast<uint4*>(p.e + (i + k * kRows) * p.e_stride + j), values[k]);
+      }
     }
   }
 

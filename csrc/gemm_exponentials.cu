@@ -114,28 +114,28 @@ __device__ void produce(const Params& params, const Ring& ring) {
   }
 }
 
-// The leader's or the follower's part: products over a tile, then exponentials.
-template <bool kFollows>
-__device__ void multiply_tiles(const GemmExponentials& p, const Ring& ring) {
+// The leader's or the follower's part: products over a tile, then exponentials. One code for both,
+// not a template: it is long, and the instruction cache holds it once.
+__device__ void multiply_tiles(const GemmExponentials& p, const Ring& ring, bool follows) {
   const Tiles tiles(p);
   const int stages = stages_of(p);
   const int warp = threadIdx.x / kWarp % kWarpsPerGroup, lane = threadIdx.x % kWarp;
-  constexpr int kFirstRow = kFollows ? kProductRows : 0;
+  const int first_row = follows ? kProductRows : 0;
   Position at, leader;
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     // First, so that what it loads is there when it is wanted.
-    const Epilogue epilogue(p, tiles[i], (kFollows ? kWarpsPerGroup : 0) + warp);
+    const Epilogue epilogue(p, tiles[i], (follows ? kWarpsPerGroup : 0) + warp);
     float sums[kAccumulators] = {};
     int passed = 0;  // stages of this tile the leader has done, as far as the follower knows
     for (int k = 0; k < stages; ++k, at.advance()) {
-      if (kFollows) {
+      if (follows) {
         const int wanted = k + kLead < stages ? k + kLead : stages;
         for (; passed < wanted; ++passed, leader.advance()) {
           wait(ring.passed[leader.slot], leader.parity);
         }
       }
       wait(ring.full[at.slot], at.parity);
-      const uint32_t x = ring.x_tile(at.slot) + kFirstRow * kRowBytes, w = ring.w_tile(at.slot);
+      const uint32_t x = ring.x_tile(at.slot) + first_row * kRowBytes, w = ring.w_tile(at.slot);
       multiply_begin();
 #pragma unroll
       for (int depth = 0; depth < kTileDepth; depth += kProductDepth) {
@@ -145,12 +145,11 @@ __device__ void multiply_tiles(const GemmExponentials& p, const Ring& ring) {
       multiply_commit();
       multiply_finish(sums);  // the other warpgroup keeps the tensor cores busy meanwhile
       if (lane == 0) {
-        if (!kFollows) arrive(ring.passed[at.slot]);
+        if (!follows) arrive(ring.passed[at.slot]);
         arrive(ring.empty[at.slot]);
       }
     }
-    const bool plain = epilogue.upper.plain() && epilogue.lower.plain();
-    __all_sync(kFullMask, plain) ? epilogue.take<true>(sums) : epilogue.take<false>(sums);
+    epilogue.finish(sums);
   }
 }
 
@@ -169,18 +168,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     publish_barriers();
   }
   __syncthreads();
-  switch (threadIdx.x / kWarpgroup) {
-    case 0:
-      lower_registers<kProducerRegisters>();
-      if (threadIdx.x == 0) produce(params, ring);
-      break;
-    case 1:
-      raise_registers<kMultiplierRegisters>();
-      multiply_tiles<false>(params.p, ring);
-      break;
-    default:
-      raise_registers<kMultiplierRegisters>();
-      multiply_tiles<true>(params.p, ring);
+  // From a lane of the warp, so that the compiler knows it to be the same in all of them.
+  const int group = __shfl_sync(kFullMask, threadIdx.x / kWarpgroup, 0);
+  if (group == 0) {
+    lower_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(params, ring);
+  } else {
+    raise_registers<kMultiplierRegisters>();
+    multiply_tiles(params.p, ring, group == 2);
   }
 }
 

@@ -250,23 +250,30 @@ FAULTS = [
     hopper(
         "ignored rows have exponentials",
         "epilogue.cuh",
-        "    if (y == p.ignore_index) end = 0;\n",
+        "    if (row.y == p.ignore_index) end = 0;\n",
         "",
         HOPPER,
     ),
     hopper(
         "no barrier before a warp's chunk is stored",
         "epilogue.cuh",
-        "      __syncwarp();\n      store(",
-        "      store(",
+        "    __syncwarp();\n#pragma unroll\n    for (int k = 0; k < kTimes; ++k) values",
+        "#pragma unroll\n    for (int k = 0; k < kTimes; ++k) values",
         HOPPER,
     ),
     hopper(
         "E's offsets of 32 bits",
         "epilogue.cuh",
-        "p.e + i * p.e_stride + j)",
-        "p.e + static_cast<int>(i * p.e_stride + j))",
+        "p.e + (i + k * kRows) * p.e_stride + j)",
+        "p.e + static_cast<int>((i + k * kRows) * p.e_stride + j))",
         "test_hopper.py::test_rows_of_e_beyond_32_bits",
+    ),
+    hopper(
+        "rows beyond the last are read",
+        "epilogue.cuh",
+        "row < p.n ? row : p.n - 1",
+        "row",
+        "test_sanitized.py::test_kernels_under_sanitizers[smoke]",
     ),
     hopper(
         "the producer fills stages that are being read",
@@ -278,8 +285,8 @@ FAULTS = [
     hopper(
         "both warpgroups multiply the upper rows",
         "gemm_exponentials.cu",
-        "kFollows ? kProductRows : 0;",
-        "kFollows ? 0 : 0;",
+        "follows ? kProductRows : 0;",
+        "follows ? 0 : 0;",
         HOPPER,
     ),
     hopper(
