@@ -5,6 +5,7 @@
 #   PYTHON=/path/python   instead of all that: an environment that has torch, setuptools and what
 #                         the command itself needs; used as it is, without network
 #   PYTEST_ARGS=...       more for pytest
+#   GPU_CHECKED=folder    for all that gpu-check leaves (default: build/gpu-check)
 #   BENCH_ARGS=...        for the benchmarks; `make bench BENCH_ARGS=--help` says which there are
 #   MUTATIONS_ARGS=...    for the planted faults: --jobs 8, -k schedule; --help says which there are
 # and what setup.py reads: LSOFTMAX_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, LSOFTMAX_WERROR.
@@ -41,6 +42,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # Kernels or an error. (Up here, so that a package installed without them counts as out of date.)
 ifneq ($(filter gpu-check,$(MAKECMDGOALS)),)
 export LSOFTMAX_CUDA := 1
+export PYTEST_ARGS
 endif
 
 SOURCES := $(wildcard csrc/* lsoftmax/*.py lsoftmax/py.typed) setup.py pyproject.toml MANIFEST.in
@@ -150,40 +152,13 @@ test-mutations: $(STATE)/package
 bench: $(STATE)/bench
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
-# Time on a GPU is scarce: all steps run, whatever the first ones find, each has a limit in seconds,
-# and the last ones end nine minutes after make began. All that is to be kept lies in one folder.
+# Nine minutes from here, all in all.
 GPU_CHECKED := build/gpu-check
 DEADLINE := $(shell expr $$(date +%s) + 535)
 
 gpu-check: $(STATE)/bench
 	@mkdir -p $(GPU_CHECKED)
-	@$(GPU_CHECK) 2>&1 | tee $(GPU_CHECKED)/log.txt
-
-# Without torch's caching of memory, memcheck sees where each tensor ends. initcheck looks at our
-# kernels alone: libraries read what they never wrote, and throw it away.
-SANITIZER := $(firstword $(wildcard $(CUDA_HOME)/bin/compute-sanitizer) compute-sanitizer)
-SANITIZER_initcheck := --kernel-name kernel_substring=lsoftmax
-define GPU_CHECK
-{ failed=; \
-  step() { \
-    limit=$$1; shift; left=$$(( $(DEADLINE) - $$(date +%s) )); \
-    if [ $$left -lt $$limit ]; then limit=$$(( left > 1 ? left : 1 )); fi; \
-    echo; echo "== $$* (at most $$limit s)"; \
-    timeout $$limit "$$@" || failed="$$failed\n  $$*"; \
-  }; \
-  step 20 nvidia-smi; \
-  cd tests; \
-  step 60 $(PY) -m lsoftmax; \
-  step 240 $(PY) -m pytest --backend cuda $(PYTEST_ARGS); \
-  cd ..; \
-  step 150 $(PY) -m benchmarks --quick --output $(GPU_CHECKED)/benchmark.json; \
-  cd tests; \
-  $(foreach tool,memcheck racecheck synccheck initcheck, \
-    step 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      $(SANITIZER) --tool $(tool) $(SANITIZER_$(tool)) --error-exitcode 1 \
-      $(PY) -m pytest --backend cuda -k sanitizer_smoke;) \
-  echo; if [ -n "$$failed" ]; then printf "FAILED:$$failed\n"; exit 1; fi; echo "All passed."; }
-endef
+	@tests/gpu_check.sh $(PY) $(abspath $(GPU_CHECKED)) $(DEADLINE) 2>&1 | tee $(GPU_CHECKED)/log.txt
 
 # Needs nvcc, no GPU.
 kernel-report: $(STATE)/package

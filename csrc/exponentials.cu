@@ -31,10 +31,11 @@ struct RowOfChunk {
     if (p.rows != nullptr && p.rows[i] != 0) e_y = p.rows[3 * p.n + i] / p.rows[i];
   }
 
-  __device__ void store(const Pack<A, kVector>& logits, int64_t j) const {
-    Pack<E, kVector> exps;
+  template <int V>
+  __device__ void store(const Pack<A, V>& logits, int64_t j) const {
+    Pack<E, V> exps;
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
+    for (int v = 0; v < V; ++v) {
       // Huge logits may round otherwise than when the reference was chosen: stay in range. NaN
       // stays.
       A above = logits.values[v] - reference;
@@ -42,7 +43,7 @@ struct RowOfChunk {
       const A value = j + v == target ? e_y : exponential(above);
       exps.values[v] = static_cast<E>(value);
     }
-    store_pack<kVector>(e + j, exps);
+    store_pack<V>(e + j, exps);
   }
 };
 
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kMaxThreads) exponentials_kernel(Exponentials<
   using A = typename Storage<T>::Acc;
   using E = typename Storage<T>::E;
   constexpr int kVector = RowOfChunk<T>::kVector;
-  const int64_t i = blockIdx.x, packs = (p.width + kVector - 1) / kVector;
+  const int64_t i = blockIdx.x, packs = p.width / kVector;
   if (i == p.n) {
     const A* weights = p.class_weight == nullptr ? nullptr : p.class_weight + p.first_class;
     return write_class_weights(p.e + i * p.stride, weights, p.width, p.width);
@@ -73,8 +74,11 @@ __global__ void __launch_bounds__(kMaxThreads) exponentials_kernel(Exponentials<
 #pragma unroll
     for (int n = 0; n < kInFlight; ++n) {
       const int64_t k = first + int64_t{n} * blockDim.x;
-      if (k < packs) row.store(logits[n], k * kVector);
+      if (k < packs) row.template store<kVector>(logits[n], k * kVector);
     }
+  }
+  for (int64_t j = packs * kVector + threadIdx.x; j < p.width; j += blockDim.x) {
+    row.template store<1>(load_pack<1>(row.z + j), j);
   }
 }
 

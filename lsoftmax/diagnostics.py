@@ -128,7 +128,9 @@ def margin_stats(
     own = torch.where(has_angle, own, 0.0)  # the plain logit of a row without an angle
 
     degrees = torch.rad2deg(theta)
-    quantiles = torch.nanquantile(degrees, degrees.new_tensor([0.1, 0.5, 0.9]))
+    # Made on the device: numbers copied to it would have to be waited for.
+    shares = torch.linspace(0.1, 0.9, 3, dtype=degrees.dtype, device=degrees.device)
+    quantiles = torch.nanquantile(degrees, shares)
     return MarginStats(
         angle=degrees.nanmean(),
         angle_10=quantiles[0],

@@ -90,16 +90,31 @@ def _even(total: int, most: int, multiple: int) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on ``device`` now; what torch has cached included."""
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # not the time to ask the driver
-            return torch.cuda.get_device_properties(device).total_memory // 2
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
+        return _free_cuda_memory(device)
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+_last_free: dict[torch.device, int] = {}
+
+
+def _free_cuda_memory(device: torch.device) -> int:
+    """A capture, which is not the time to ask the driver, takes what the steps before it found: so
+    it goes the way that they went.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        half = torch.cuda.get_device_properties(device).total_memory // 2
+        return _last_free.get(device, half)
+    free, _ = torch.cuda.mem_get_info(device)
+    # memory_reserved and memory_allocated would each flatten and sort all of this: half a
+    # millisecond, as long as a small loss takes.
+    stats = torch.cuda.memory_stats_as_nested_dict(device)
+    reserved, allocated = (stats[f"{kind}_bytes"]["all"] for kind in ("reserved", "allocated"))
+    _last_free[device] = free + reserved["current"] - allocated["current"]
+    return _last_free[device]
 
 
 # torch.compiler.assume_constant_result, whose only other effect is that it imports torch._dynamo:

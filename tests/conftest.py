@@ -39,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if backend == "cuda":
         import lsoftmax
 
+        # Trainings are compared to the bit, and convolutions with those of float32.
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
         if not torch.cuda.is_available():
             raise pytest.UsageError("--backend cuda: torch sees no GPU")
         if not lsoftmax.cuda_available():
@@ -64,6 +67,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """After a fault of the GPU nothing in this process can be told right from wrong."""
+    report = yield
+    if call.excinfo is not None and call.excinfo.errisinstance(torch.AcceleratorError):
+        item.session.shouldstop = f"the GPU has failed in {item.nodeid}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -128,6 +128,7 @@ def test_a_training_step_captured_whole(device: str, backend: str) -> None:
         return loss.detach()
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # momentum begins, cuBLAS takes its workspaces
         for _ in range(3):
             step()

@@ -27,11 +27,33 @@ def test_what_fits_is_kept() -> None:
 
 
 def test_little_is_kept_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To ask for the free memory costs more than a small loss, and cannot be done in a capture."""
+    """To ask for the free memory costs as much as a small loss."""
     monkeypatch.setattr(planning, "free_memory", lambda device: 1 / 0)
     assert chosen(256, 512, 10_000)[:2] == (0, 0)
     with pytest.raises(ZeroDivisionError):
         chosen(4096, 512, 1_000_000)
+
+
+def test_a_capture_goes_the_way_of_the_steps_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for a GPU of 80 GB, 50 of them free and 2 cached."""
+    device, gb = torch.device("cuda", 0), 1 << 30
+    stats = {"reserved_bytes": {"all": {"current": 5 * gb}}}
+    stats["allocated_bytes"] = {"all": {"current": 3 * gb}}
+    capturing = False
+    monkeypatch.setattr(planning, "_last_free", {})
+    for name, value in {
+        "is_current_stream_capturing": lambda: capturing,
+        "mem_get_info": lambda device: 1 / 0 if capturing else (50 * gb, 80 * gb),
+        "memory_stats_as_nested_dict": lambda device: stats,
+        "get_device_properties": lambda device: type("GPU", (), {"total_memory": 80 * gb}),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    capturing = True
+    assert planning.free_memory(device) == 40 * gb  # nothing is known yet
+    capturing = False
+    assert planning.free_memory(device) == 52 * gb
+    capturing = True
+    assert planning.free_memory(device) == 52 * gb
 
 
 @pytest.mark.parametrize("free", [1 << 30, 16 << 30, 130 << 30])

@@ -215,8 +215,8 @@ FAULTS = [
     kernel(
         "chunks: a ragged last pack keeps its logits",
         "exponentials.cu",
-        "(p.width + kVector - 1) / kVector;",
-        "p.width / kVector;",
+        "j = packs * kVector + threadIdx.x; j < p.width;",
+        "j = p.width; j < p.width;",
         CHUNKS,
     ),
     kernel(
