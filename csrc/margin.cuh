@@ -18,19 +18,19 @@ struct Psi {
 };
 
 // T and U by the three-term recurrence: the expanded monomials cancel, and c may leave [-1, 1] by
-// rounding without harm.
+// rounding without harm. The bucket k is the number of edges cos(j pi / m) above c; these are the
+// zeros of U_{m-1}, and above c there are as many as U_0(c), ..., U_{m-1}(c) change signs (Sturm).
+// So no cosine is taken, and where rounding decides the last sign, k goes with the sign of U.
 __host__ __device__ inline Psi psi(double c, int margin) {
   double u_prev = 0, u = 1;
+  int k = 0;
   for (int n = 1; n < margin; ++n) {
     const double next = 2 * c * u - u_prev;
+    k += (next < 0) != (u < 0);
     u_prev = u;
     u = next;
   }
-  const double t = c * u - u_prev;
-  constexpr double kPi = 3.14159265358979323846;
-  int k = 0;
-  while (k + 1 < margin && c < cos((k + 1) * kPi / margin)) ++k;
-  const double sign = k % 2 == 0 ? 1 : -1;
+  const double t = c * u - u_prev, sign = k % 2 == 0 ? 1 : -1;
   return {sign * t - 2 * k, sign * margin * u};
 }
 

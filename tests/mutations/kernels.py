@@ -37,8 +37,8 @@ FAULTS = [
     kernel(
         "psi: the last bucket is lost",
         "margin.cuh",
-        "while (k + 1 < margin &&",
-        "while (k + 2 < margin &&",
+        "k += (next < 0)",
+        "k += n + 1 < margin && (next < 0)",
         MARGINS,
         EDGES,
     ),
