@@ -68,6 +68,8 @@ class FusedForward(Provider):
     def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
         if torch.cuda.get_device_capability(x.device) != (9, 0):
             raise UnsupportedError("needs compute capability 9.0")
+        if os.environ.get("LSOFTMAX_FUSED_FORWARD") == "0":
+            raise UnsupportedError("LSOFTMAX_FUSED_FORWARD=0")
         return super().bind(x, w, y, margin, lam)
 
     def loss(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Tensor:

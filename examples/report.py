@@ -99,14 +99,11 @@ def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
     Raises:
         SystemExit: the page has no place for one.
     """
-    for key in results:
-        page = pages.fill(page, key, "")
-    for key in pages.blocks(page):
-        text = "Not measured yet.\n"
-        if key in results:
-            picture = f"![{PARTS[key].picture}](experiments-{key}.png)\n"
-            text = f"{block(PARTS[key], results[key])}\n{picture}"
-        page = pages.fill(page, key, text)
+    for key, values in results.items():
+        picture = f"![{PARTS[key].picture}](experiments-{key}.png)\n"
+        page = pages.fill(page, key, f"{block(PARTS[key], values)}\n{picture}")
+    for key in set(pages.blocks(page)) - results.keys():
+        page = pages.fill(page, key, "Not measured yet.\n")
     return page
 
 

@@ -163,9 +163,12 @@ def defaults_table(results: Results) -> str:
         losses = ((1, "softmax"), (4, "for_steps"), (4, "by_angle"))
         found = [select(results, replace(like, margin=m, annealing=name)) for m, name in losses]
         softmax, *ours = ([run["angle"] for run in runs] for runs in found)
-        narrower = [f"{statistics.mean(softmax) / statistics.mean(angle):.1f}" for angle in ours]
-        columns = [f"{spread(runs, 'error')}; {spread(runs, 'angle')}" for runs in found]
-        rows.append([like.task, setting(like), *columns, " / ".join(narrower)])
+        narrower = [
+            f"{statistics.mean(softmax) / statistics.mean(angle):.1f}" if angle else "-"
+            for angle in ours
+        ]
+        figures = [f"{spread(runs, 'error')}; {spread(runs, 'angle')}" for runs in found]
+        rows.append([like.task, setting(like), *figures, " / ".join(narrower)])
     head = ["task", "setting", "softmax: %; °", "for_steps", "by_angle", "times narrower"]
     return table(head, rows)
 

@@ -13,7 +13,7 @@ __all__ = ["LSoftmaxLinear", "LSoftmaxLoss"]
 
 def default_schedule() -> LambdaSchedule:
     """What ``lam=None`` means: a layer does not know how long it will be trained, so lam follows
-    the measured angle. Where the number of steps is known, ``LambdaSchedule.for_steps`` is better.
+    the measured angle. ``LambdaSchedule.for_steps`` adds a curve for a known number of steps.
     """
     return LambdaSchedule.by_angle()
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lsoftmax.margin import accumulate_type
-from problems import Problem, relative_error
-from test_loss import rounding_error
+from problems import Problem, relative_error, rounding_error
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 IN_BUDGET = ("classes", 0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         # Trainings are compared to the bit, and convolutions with those of float32.
         torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cudnn.allow_tf32 = False
         if not torch.cuda.is_available():
             raise pytest.UsageError("--backend cuda: torch sees no GPU")
         if not lsoftmax.cuda_available():
@@ -70,7 +70,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """After a fault of the GPU nothing in this process can be told right from wrong."""
     report = yield
     if call.excinfo is not None and call.excinfo.errisinstance(torch.AcceleratorError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,3 +90,12 @@ def assert_right(p: Problem, loss_bound: float, gradient_bound: float, **options
     bounds = (loss_bound, gradient_bound, gradient_bound)
     for name, value, true, bound in zip(("loss", "dx", "dw"), ours, truth, bounds, strict=True):
         assert relative_error(value, true) <= bound, name
+
+
+def rounding_error(p: Problem, dtype: torch.dtype, **options) -> float:
+    """Error of a float32-accumulated implementation: one rounding of dz and one of the gradients.
+
+    In quadrature, each taken as what rounding the true gradients costs.
+    """
+    _, dx, dw = p.true_loss(**options)
+    return math.sqrt(2) * max(relative_error(g.to(dtype), g) for g in (dx, dw))

@@ -156,6 +156,14 @@ def test_more_rows_than_are_compared_in_pairs(dtype: torch.dtype, device: str) -
         assert_close(run(p, way, lam=0.3), truth, *bounds)
 
 
+def test_sanitizer_smoke_of_chunks(device: str) -> None:
+    """Both kinds, with a ragged last chunk: see test_loss.py's."""
+    for dtype, smoothing in itertools.product((torch.float32, torch.bfloat16), (0.0, 0.1)):
+        p = problem(9, 7, 300, dtype, device)
+        for way in (("classes", 64), ("rows", 4)):
+            run(p, way, margin=3, label_smoothing=smoothing)
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 

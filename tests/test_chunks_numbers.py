@@ -106,14 +106,6 @@ def test_rows_far_below_zero(device: str) -> None:
     torch.testing.assert_close(losses[1], losses[0])
 
 
-def test_sanitizer_smoke_of_chunks(device: str) -> None:
-    """Both kinds, with a ragged last chunk: see test_loss.py's."""
-    for dtype, smoothing in itertools.product((torch.float32, torch.bfloat16), (0.0, 0.1)):
-        p = problem(9, 7, 300, dtype, device)
-        for way in (("classes", 64), ("rows", 4)):
-            run(p, way, margin=3, label_smoothing=smoothing)
-
-
 def test_more_than_2_31_logits(device: str, backend: str) -> None:
     """Kept whole, against float64 where its offsets are the largest, and against chunks."""
     if backend != "cuda":

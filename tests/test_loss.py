@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lsoftmax import functional, reference
-from problems import Problem, assert_right, problem, relative_error
+from problems import Problem, assert_right, problem, relative_error, rounding_error
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,15 +34,6 @@ def test_every_size_and_type(n: int, d: int, c: int, device: str) -> None:
         p = problem(n, d, c, dtype, device)
         bound = 2 * rounding_error(p, dtype, margin=4, lam=0.5) if loose == 1 else math.inf
         assert_right(p, 1e-5, bound, margin=4, lam=0.5)
-
-
-def rounding_error(p: Problem, dtype: torch.dtype, **options) -> float:
-    """Error of a float32-accumulated implementation: one rounding of dz and one of the gradients.
-
-    In quadrature, each taken as what rounding the true gradients costs.
-    """
-    _, dx, dw = p.true_loss(**options)
-    return math.sqrt(2) * max(relative_error(g.to(dtype), g) for g in (dx, dw))
 
 
 @pytest.mark.parametrize("margin", [1, 2, 5, 16])
@@ -246,7 +237,7 @@ def test_lam_tensor_is_read_not_saved(device: str) -> None:
 
 def test_sanitizer_smoke(device: str) -> None:
     """Every kernel of one batch, at sizes with every kind of edge: what a sanitizer is pointed at,
-    with the tests of chunks, annealing and shards of the same name.
+    with the tests of chunks, annealing, shards and the fused forward of the same name.
     """
     for dtype, (n, d, c) in itertools.product(FLOATS, ((3, 7, 10), (33, 64, 1001))):
         p = problem(n, d, c, dtype, device)

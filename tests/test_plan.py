@@ -27,7 +27,7 @@ def test_what_fits_is_kept() -> None:
 
 
 def test_little_is_kept_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To ask for the free memory costs as much as a small loss."""
+    """To ask for the free memory takes time, and a small loss takes little."""
     monkeypatch.setattr(planning, "free_memory", lambda device: 1 / 0)
     assert chosen(256, 512, 10_000)[:2] == (0, 0)
     with pytest.raises(ZeroDivisionError):

@@ -79,8 +79,8 @@ def assert_within(value: Tensor, truth: Tensor, bound: Tensor, what: str) -> Non
     """Each row no farther from the truth than its bound, in the Euclidean sense."""
     error = value.double() - truth
     error = error.norm(dim=-1) if error.dim() > bound.dim() else error.abs()
-    excess = (error - bound).flatten()
-    if not (excess <= 0).all():  # NaN is not
+    if not (error <= bound).all():
+        excess = (error - bound).flatten()
         worst = int(excess.nan_to_num(nan=torch.inf).argmax())
         error, bound = (t.expand_as(error).flatten()[worst].item() for t in (error, bound))
         numbers = f"number {worst} of {len(excess)}: error {error}, bound {bound}"

@@ -24,7 +24,8 @@ SELECTED = (
     "or 150-64-3"
 )
 FILES = ["test_loss.py", "test_edges.py", "test_linear.py", "test_errors.py"]
-FILES += ["test_distributed_ops.py", "test_annealing_ops.py", "test_fused_forward.py"]
+FILES += ["test_chunks.py", "test_distributed_ops.py", "test_annealing_ops.py"]
+FILES += ["test_fused_forward.py"]
 
 
 @pytest.mark.parametrize(

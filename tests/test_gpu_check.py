@@ -1,0 +1,89 @@
+"""`make gpu-check` without a GPU: stand-ins for Python, compute-sanitizer and nvidia-smi."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("gpu_check.sh")
+# Says each of its words, and what concerns it of the environment.
+PYTHON = """#!/bin/bash
+printf '<%s>' "$@"; echo " fused forward: ${LSOFTMAX_FUSED_FORWARD:-}"
+case "$*" in *"$HANGS"*) [ -z "$HANGS" ] || exec sleep 30;; esac
+case "$*" in *"$FAILS"*) [ -z "$FAILS" ] || exit ${STATUS:-1};; esac
+"""
+SANITIZER = """#!/bin/bash
+[ "$2" != initcheck ] || cat "$REPORTS"
+echo "6 passed"
+"""
+REPORT = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void {}<float>(float*)+0x1f0
+"""
+
+
+@pytest.fixture
+def check(tmp_path: Path):
+    """``check(reports, seconds, **environment)`` runs the script: its exit status and output."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {
+        "python": PYTHON, "compute-sanitizer": SANITIZER, "nvidia-smi": "#!/bin/bash\n",
+    }.items():  # fmt: skip
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(reports: str = "", seconds: float = 60, **environment: str) -> tuple[int, str]:
+        (tmp_path / "reports").write_text(reports)
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CUDA_HOME": str(tmp_path),
+            "REPORTS": str(tmp_path / "reports"), "HANGS": "", "FAILS": "", **environment,
+        }  # fmt: skip
+        deadline = str(int(time.time() + seconds))
+        command = [SCRIPT, tmp_path / "bin" / "python", tmp_path, deadline]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    return run
+
+
+def test_what_libraries_leave_uninitialised_does_not_count(check) -> None:
+    """As many reports as there are: a pipe that is closed early must not pass for a finding."""
+    others = REPORT.format("cublas::gemm") * 20_000
+    status, output = check(others)
+    assert status == 0, output
+    assert output.endswith("All passed.\n")
+    status, output = check(REPORT.format("lsoftmax::loss_rows_kernel") + others)
+    assert status == 1
+    assert output.count("initcheck.txt") == 2, output  # without and with the fused forward
+    assert "memcheck.txt" not in output
+
+
+def test_words_in_quotes_stay_whole(check) -> None:
+    status, output = check(PYTEST_ARGS='-x -k "edges or loss"')
+    assert status == 0
+    assert output.count("<-x><-k><edges or loss>") == 2
+
+
+@pytest.mark.parametrize("status", ["1", "5"])
+def test_a_step_that_fails_stops_no_other(status: str, check) -> None:
+    """5: pytest has found no test, which is a failure unless tests were chosen."""
+    failed, output = check(FAILS="--backend cuda test_fused_forward.py", STATUS=status)
+    assert failed == 1
+    assert output[output.index("FAILED:") :].count("\n") == 2  # that line, and this step
+    assert "<benchmarks><--quick>" in output
+    assert "fused forward: 0" in output  # the benchmarks leave it out
+    chosen, _ = check(FAILS="test_fused_forward.py", STATUS=status, PYTEST_ARGS="-k edges")
+    assert chosen == (status != "5")
+
+
+def test_a_step_that_hangs_ends_with_its_time(check) -> None:
+    start = time.time()
+    status, output = check(seconds=2, HANGS="--ignore=test_fused_forward.py")
+    assert time.time() - start < 20
+    assert status == 1
+    failed = output[output.index("FAILED:") :]
+    assert "--ignore=test_fused_forward.py" in failed
+    assert "benchmarks" not in failed
