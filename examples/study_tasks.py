@@ -72,6 +72,7 @@ ANNEALINGS: dict[str, Callable[[int], LambdaSchedule | float]] = {
     "0.99^t": lambda steps: LambdaSchedule(100.0, 1e-8, -math.log(0.99) / 1e-8),
     "for_steps, keep=None": lambda steps: LambdaSchedule.for_steps(steps, keep=None),
     "for_steps, keep=0.6": lambda steps: LambdaSchedule.for_steps(steps, keep=0.6),
+    "for_steps, minimum=5": lambda steps: LambdaSchedule.for_steps(steps, minimum=5.0),
     "for_steps": LambdaSchedule.for_steps,
     "by_angle": lambda steps: LambdaSchedule.by_angle(),
 }
