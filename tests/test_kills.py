@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"the examples need {package}")
 
+import mnist_run
 from test_distributed_example import finish, free_port, start
 from test_experiments import write_mnist
 
@@ -31,15 +31,6 @@ pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("one_thread")]
 @pytest.fixture
 def draw(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.config.getoption("--seed"))
-
-
-def run_mnist(options: list[str], output: str) -> None:
-    """In a process of its own, forked from one that has imported all this."""
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    import mnist
-
-    mnist.main([*options, "--output", output])
 
 
 def table(folder: Path) -> list[dict]:
@@ -74,10 +65,10 @@ def test_mnist(tmp_path: Path, draw: random.Random) -> None:
     options = ["--data", str(tmp_path), "--seeds", "2", "--margins", "1", "4", "--epochs", "10"]
     options += ["--device", "cpu"]
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "sklearn", "matplotlib.pyplot", "test_kills"])
+    server.set_forkserver_preload(["torch", "sklearn", "matplotlib.pyplot", "mnist_run"])
 
     def launch(folder: Path) -> multiprocessing.Process:
-        process = server.Process(target=run_mnist, args=(options, str(folder)))
+        process = server.Process(target=mnist_run.run, args=(options, str(folder)))
         process.start()
         return process
 
