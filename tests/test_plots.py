@@ -57,7 +57,8 @@ def test_loss_of_a_turning_feature():
 @pytest.mark.parametrize("margin", [1, 2, 4])
 def test_regions_are_those_of_the_geometry(margin):
     """By angles: a class is decided where |w| psi(theta) is above |w'| cos(theta')."""
-    lengths = 0.5 + torch.rand(2, dtype=torch.float64)
+    # So alike that both have regions: |w| alone can leave a class none.
+    lengths = 0.8 + 0.4 * torch.rand(2, dtype=torch.float64)
     apart = math.pi * (0.3 + 0.6 * torch.rand(()).item())
     weight = lengths.unsqueeze(1) * torch.tensor(
         [[1.0, 0.0], [math.cos(apart), math.sin(apart)]], dtype=torch.float64
