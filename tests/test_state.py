@@ -35,11 +35,13 @@ def batch(head: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def trained(layer: type, lam: LambdaSchedule, steps: int = 3) -> nn.Module:
-    head = layer(6, 5, margin=3, lam=lam)
-    for _ in range(steps):
-        head(*batch(head))
-    assert lam.keep is None or lam.share > 0
-    return head
+    """Anew until there is an angle to go by: of few classes the nearest may be 90 degrees away."""
+    while True:
+        head = layer(6, 5, margin=3, lam=copy.deepcopy(lam))
+        for _ in range(steps):
+            head(*batch(head))
+        if lam.keep is None or head.schedule.share > 0:
+            return head
 
 
 def saved(value: Any, **options: Any) -> Any:
