@@ -42,7 +42,6 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # Kernels or an error. (Up here, so that a package installed without them counts as out of date.)
 ifneq ($(filter gpu-check,$(MAKECMDGOALS)),)
 export LSOFTMAX_CUDA := 1
-export PYTEST_ARGS  # what is not given is not exported by itself
 endif
 
 SOURCES := $(wildcard csrc/* lsoftmax/*.py lsoftmax/py.typed) setup.py pyproject.toml MANIFEST.in

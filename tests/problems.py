@@ -64,6 +64,24 @@ def problem(
     return Problem(x, w, torch.randint(c, (n,)).to(device))
 
 
+def with_peaks(
+    peaks: list[dict[int, float]], d: int, c: int, dtype: torch.dtype, device: str
+) -> Problem:
+    """A row for each of ``peaks``, which has these logits at these classes and small others; all
+    with target 17.
+    """
+    n = len(peaks)
+    p = problem(n, d, c, dtype, device)
+    with torch.no_grad():
+        p.x.zero_()
+        p.x[:, :n] = torch.eye(n)  # a column of W a row
+        for i, row in enumerate(peaks):
+            for place, size in row.items():
+                p.w[place, i] = size
+        p.y.fill_(17)
+    return p
+
+
 def nearest(features: Tensor, head: nn.Module) -> Tensor:
     """Targets (N,): of each row the layer's class vector at the smallest angle.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from chunks import IN_BUDGET, assert_close, bounds_for, run
-from problems import Problem, problem, relative_error
+from problems import Problem, problem, relative_error, with_peaks
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 EVERY_WAY = [IN_BUDGET, ("classes", 3), ("rows", 3)]
@@ -72,20 +72,12 @@ def test_one_class_dominates(dtype: torch.dtype, device: str) -> None:
         {17: 100, 3: 100, 36: 99},  # as large as the target, in chunks before and after
         {6: 1000},
     ]
-    n = len(peaks)
-    p = problem(n, 8, c, dtype, device)
-    with torch.no_grad():
-        p.x.zero_()
-        p.x[:, :n] = torch.eye(n)  # a column of W a row
-        for i, row in enumerate(peaks):
-            for place, size in row.items():
-                p.w[place, i] = size
-        p.y.fill_(17)
+    p = with_peaks(peaks, 8, c, dtype, device)
     for smoothing, way in itertools.product((0.0, 0.1), EVERY_WAY):
         options = {"margin": 4, "lam": 1.0, "reduction": "sum", "label_smoothing": smoothing}
         ours, truth = run(p, way, **options), p.true_loss(**options)
         assert_close(ours, truth, BOUNDS[dtype], BOUNDS[dtype])
-        for i in range(n):  # every row by itself: a large one hides the others
+        for i in range(len(peaks)):  # every row by itself: a large one hides the others
             assert relative_error(ours[1][i], truth[1][i]) < BOUNDS[dtype], (i, way)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lsoftmax import functional, reference
-from problems import Problem, assert_right, problem, relative_error
+from problems import Problem, assert_right, problem, relative_error, with_peaks
 
 
 def cornered(cos: float, a: float, b: float, dtype: torch.dtype, device: str) -> Problem:
@@ -108,23 +108,15 @@ def test_peaks_anywhere_in_a_long_row(dtype: torch.dtype, device: str) -> None:
         {c - 1: 130, late: 90},  # in the ragged tail
         {late: 35},  # near enough to stay
     ]
-    n = len(peaks)
-    p = problem(n, 16, c, dtype, device)
-    with torch.no_grad():
-        p.x.zero_()
-        p.x[:, :n] = torch.eye(n)  # a column of W a row
-        for i, row in enumerate(peaks):
-            for place, size in row.items():
-                p.w[place, i] = size
-        p.y.fill_(17)
-        p.y[1], p.y[5] = late, late  # the peak itself may be the target
+    p = with_peaks(peaks, 16, c, dtype, device)
+    p.y[1], p.y[5] = late, late  # the peak itself may be the target
     bound = 1e-5 if dtype == torch.float32 else 1e-2
     for options in ({}, {"label_smoothing": 0.1}):
         options = {"margin": 4, "lam": 1.0, "reduction": "none", **options}
         ours, truth = p.loss(**options), p.true_loss(**options)
         for name, value, true in zip(("loss", "dx", "dw"), ours, truth, strict=True):
             assert relative_error(value, true) < bound, name
-        for i in range(n):  # every row by itself: a large one hides the others
+        for i in range(len(peaks)):  # every row by itself: a large one hides the others
             assert relative_error(ours[1][i], truth[1][i]) < bound, i
 
 
