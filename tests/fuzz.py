@@ -1,4 +1,7 @@
-"""Wrong, odd and right arguments for every public entry: python fuzz.py --calls 10000 --seed 1.
+"""Wrong, odd and right arguments for every public entry.
+
+    python fuzz.py --calls 10000 --seed 1   # drawn, some wrong in several arguments
+    python fuzz.py --sweep --seed 1         # each odd value once for each argument
 
 Every call must end in a clean Python error, which says what was expected and what came, or in a
 right result; and leave nothing behind: after it the same good call gives the same bits, and a
@@ -12,11 +15,13 @@ import argparse
 import collections
 import contextlib
 import faulthandler
+import functools
 import json
 import operator
 import random
 import re
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,10 +57,28 @@ def is_clean(error: Exception, theirs: tuple[str, ...]) -> bool:
     return bool(ours) or "device-side assert" in text or any(re.search(p, text) for p in theirs)
 
 
-def arguments_of(entry: Entry) -> dict[str, Any]:
-    values = {name: make() for name, make in entry.good.items()}
-    for name in random.sample(list(values), min(len(values), random.choice((0, 1, 1, 1, 2, 3)))):
-        values[name] = random.choice(random.choice((ODD, tensors())))
+Case = tuple[Entry, dict[str, Any]]
+
+
+def drawn(all_entries: list[Entry], calls: int) -> Iterator[Case]:
+    for number in range(calls):
+        entry = all_entries[number % len(all_entries)]
+        values = entry.arguments()
+        wrong = min(len(values), random.choice((0, 1, 1, 1, 2, 3)))
+        for name in random.sample(list(values), wrong):
+            values[name] = random.choice(random.choice((ODD, tensors())))
+        yield entry, values
+
+
+def swept(all_entries: list[Entry]) -> Iterator[Case]:
+    """What a draw may miss for long: None for an argument that another one makes needed."""
+    for entry in all_entries:
+        for name in entry.good:
+            for value in (*ODD, *tensors()):
+                yield entry, {**entry.arguments(), name: value}
+
+
+def bounded(entry: Entry, values: dict[str, Any]) -> dict[str, Any]:
     if entry.theirs == ANY and "margin" in values:
         with contextlib.suppress(TypeError):  # the reference would take as many steps
             values["margin"] = min(1000, operator.index(values["margin"]))
@@ -70,7 +93,7 @@ def shown(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={one(value)[:60]}" for name, value in values.items())
 
 
-def fuzz(calls: int, backend: str) -> dict[str, Any]:
+def fuzz(cases: Callable[[list[Entry]], Iterator[Case]], backend: str) -> dict[str, Any]:
     fixed = torch.randn(N, D, requires_grad=True), torch.randn(C, D), torch.tensor([0, 1, 4, 2])
 
     def good_call() -> tuple[Tensor, Tensor]:
@@ -92,9 +115,8 @@ def fuzz(calls: int, backend: str) -> dict[str, Any]:
 
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     found: list[str] = []
-    for number in range(calls):
-        entry = all_entries[number % len(all_entries)]
-        values = arguments_of(entry)
+    for entry, odd_values in cases(all_entries):
+        values = bounded(entry, odd_values)
         faulthandler.dump_traceback_later(60, exit=True)  # a call that hangs
         outcome = "refused"
         try:
@@ -118,12 +140,14 @@ def fuzz(calls: int, backend: str) -> dict[str, Any]:
         counts[entry.name][outcome] += 1
     if distributed:
         dist.destroy_process_group()
-    return {"calls": calls, "counts": counts, "found": found}
+    return {"counts": counts, "found": found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--calls", type=int, required=True)
+    how_many = parser.add_mutually_exclusive_group(required=True)
+    how_many.add_argument("--calls", type=int)
+    how_many.add_argument("--sweep", action="store_true")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--backend", default="portable")
     args = parser.parse_args()
@@ -136,7 +160,8 @@ def main() -> None:
         from emulation import build
 
         build.load(sanitize=args.backend == "sanitized")
-    print(json.dumps(fuzz(args.calls, args.backend)))
+    cases = swept if args.sweep else functools.partial(drawn, calls=args.calls)
+    print(json.dumps(fuzz(cases, args.backend)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -96,7 +96,9 @@ class Entry:
     judge: Callable[[dict[str, Any], Any], None]
     # Words of errors that are not ours, each with the reason why they may stand.
     theirs: tuple[str, ...] = ()
-    odd: dict[str, list[Any]] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: make() for name, make in self.good.items()}
 
 
 MATRICES: dict[str, Make] = {
