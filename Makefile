@@ -20,13 +20,6 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MUTATIONS_ARGS ?=
 
-# nvcc on PATH may be a wrapper without a toolkit around it: prefer the usual place.
-ifeq ($(CUDA_HOME)$(CUDA_PATH),)
-ifneq ($(wildcard /usr/local/cuda/bin/nvcc),)
-export CUDA_HOME := /usr/local/cuda
-endif
-endif
-
 # What was done in an environment is remembered by empty files: in .venv itself, so that they go
 # when it goes; for somebody else's environment in build/.
 ifeq ($(PYTHON),)

@@ -2,7 +2,8 @@
 
 LSOFTMAX_CUDA         unset: kernels if torch is a CUDA build and nvcc is found, else pure Python
                       1: kernels, or an error that names what is missing; 0: pure Python
-CUDA_HOME             the CUDA toolkit (default: nvcc's own, else /usr/local/cuda)
+CUDA_HOME             the CUDA toolkit (default: nvcc's own, else /usr/local/cuda, else the one that
+                      `pip install 'cuda-toolkit[nvcc,cccl]'` put next to torch)
 TORCH_CUDA_ARCH_LIST  as for any torch extension (default: the GPUs here, or else DEFAULT_ARCHS)
 MAX_JOBS              files compiled at once
 LSOFTMAX_WERROR       1: warnings in our own code are errors
@@ -65,20 +66,6 @@ def import_torch() -> Any:
     return torch
 
 
-def find_cuda_home() -> Path:
-    """The CUDA toolkit to build with. A CUDA_HOME that was named is taken at its word."""
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc")
-    guesses = [Path(found).resolve().parents[1]] if found else []
-    for home in [Path(named)] if named else [*guesses, Path("/usr/local/cuda")]:
-        # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
-        headers = [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include")]
-        if (home / "bin/nvcc").is_file() and (named or headers):
-            return home
-    where = f"in CUDA_HOME={named}" if named else "on PATH or in /usr/local/cuda"
-    raise NoKernelsError(f"there is no nvcc {where}: install the CUDA toolkit or set CUDA_HOME")
-
-
 def ask(*command: str, remedy: str = "") -> str:
     """What a compiler says about itself."""
     try:
@@ -87,17 +74,55 @@ def ask(*command: str, remedy: str = "") -> str:
         raise NoKernelsError(f"{command[0]} does not run ({error}){remedy}") from None
 
 
-def check_release(nvcc_version: str, home: Path, torch: Any) -> str:
-    """The CUDA release of nvcc ("13.0"). Its major must be that of torch's CUDA."""
-    match = re.search(r"release (\d+\.\d+)", nvcc_version)
-    release = match[1] if match else "unknown"
-    major = torch.version.cuda.split(".")[0]
-    if release.split(".")[0] != major:
+def toolkits(torch: Any) -> list[Path]:
+    """CUDA toolkits that were not named, the one to prefer first."""
+    found = shutil.which("nvcc")
+    on_path = [Path(found).resolve().parents[1]] if found else []
+    # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
+    homes = [
+        home
+        for home in [*on_path, Path("/usr/local/cuda")]
+        if [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include")]
+    ]
+    # pip's, which may be there in part.
+    wheels = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
+    return [*homes, wheels] if (wheels / "include/cccl").is_dir() else homes
+
+
+def find_toolkit(torch: Any) -> tuple[Path, str]:
+    """The CUDA toolkit to build with and its release ("13.0"), whose major must be torch's.
+
+    A CUDA_HOME that was named is taken at its word.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    releases = {}
+    for home in [Path(named)] if named else toolkits(torch):
+        if (home / "bin/nvcc").is_file():
+            match = re.search(r"release (\d+\.\d+)", ask(str(home / "bin/nvcc"), "--version"))
+            releases[home] = match[1] if match else "unknown"
+    cuda = torch.version.cuda
+    major = cuda.split(".")[0]
+    for home, release in releases.items():
+        if release.split(".")[0] == major:
+            return home, release
+    remedy = f"set CUDA_HOME to a CUDA {major} toolkit"
+    if int(major) >= 13 and not named:  # there are no such wheels of earlier ones
+        remedy += " or pip install 'cuda-toolkit[nvcc,cccl]'"
+    for home, release in releases.items():
         raise NoKernelsError(
-            f"nvcc in {home} is of CUDA {release}, torch {torch.__version__} is of CUDA "
-            f"{torch.version.cuda}: set CUDA_HOME to a CUDA {major} toolkit"
+            f"nvcc in {home} is of CUDA {release}, torch {torch.__version__} is of CUDA {cuda}: "
+            f"{remedy}"
         )
-    return release
+    where = f"in CUDA_HOME={named}" if named else "on PATH, in /usr/local/cuda or next to torch"
+    raise NoKernelsError(f"there is no nvcc {where}: {remedy}")
+
+
+def libraries(home: Path, names: list[str]) -> list[str]:
+    """What to link with: a toolkit of wheels has CUDA's runtime by its versioned name alone."""
+    versioned = sorted(home.glob("lib/libcudart.so.*"))
+    if not versioned or (home / "lib/libcudart.so").exists():
+        return names
+    return [f":{versioned[0].name}" if name == "cudart" else name for name in names]
 
 
 def choose_archs(list_gpu_arch: str, gpus: set[tuple[int, int]]) -> str:
@@ -145,9 +170,8 @@ def with_kernels() -> dict[str, Any]:
     torch = import_torch()
     if torch.version.cuda is None:
         raise NoKernelsError(f"torch {torch.__version__} is not a CUDA build")
-    home = find_cuda_home()
+    home, release = find_toolkit(torch)
     nvcc = str(home / "bin/nvcc")
-    release = check_release(ask(nvcc, "--version"), home, torch)
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "") in ("", "native"):
         gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         os.environ["TORCH_CUDA_ARCH_LIST"] = choose_archs(ask(nvcc, "--list-gpu-arch"), gpus)
@@ -186,6 +210,7 @@ def with_kernels() -> dict[str, Any]:
         sorted(glob("csrc/*.cpp", root_dir=ROOT) + glob("csrc/*.cu", root_dir=ROOT)),
         extra_compile_args=compile_flags(cpp_extension.include_paths()),
     )
+    extension.libraries = libraries(home, extension.libraries)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
 
 

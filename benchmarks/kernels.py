@@ -3,7 +3,7 @@
     python -m benchmarks.kernels                 every csrc/*.cu for every supported device
     python -m benchmarks.kernels loss_rows.cu --arch 90a
 
-Needs nvcc (CUDA_HOME, or on PATH) and torch's headers, no GPU. A warning is an error.
+Needs nvcc (the one that a build would use) and torch's headers, no GPU. A warning is an error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from lsoftmax.__main__ import find_nvcc
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHS = ("80", "90a", "100", "120")
@@ -63,11 +65,11 @@ def parse(file: str, text: str) -> list[Kernel]:
     return kernels
 
 
-def compile_kernels(source: Path, arch: str) -> list[Kernel]:
+def compile_kernels(nvcc: str, source: Path, arch: str) -> list[Kernel]:
     """Compile one file for one device. Raises RuntimeError with nvcc's words where it does not."""
     from torch.utils.cpp_extension import include_paths
 
-    command = [find_nvcc(), "-std=c++20", "-O3", "-c", str(source), "-o", os.devnull]
+    command = [nvcc, "-std=c++20", "-O3", "-c", str(source), "-o", os.devnull]
     command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
     command += ["-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra"]
     command += [word for path in include_paths() for word in ("-isystem", path)]
@@ -75,14 +77,6 @@ def compile_kernels(source: Path, arch: str) -> list[Kernel]:
     if run.returncode != 0:
         raise RuntimeError(f"{source.name} for sm_{arch}:\n{run.stdout}{run.stderr}")
     return parse(source.name, run.stdout + run.stderr)
-
-
-def find_nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = str(Path(home) / "bin/nvcc") if home else shutil.which("nvcc")
-    if not found or not Path(found).exists():
-        raise SystemExit("there is no nvcc: put it on PATH or set CUDA_HOME")
-    return found
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -126,7 +120,10 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=ARCHS, help="devices, as in sm_<arch>")
     options = parser.parse_args()
     sources = [CSRC / file for file in options.files] or sorted(CSRC.glob("*.cu"))
-    jobs = [(source, arch) for source in sources for arch in options.arch]
+    nvcc, _ = find_nvcc()
+    if not nvcc:
+        raise SystemExit("there is no nvcc: python -m lsoftmax says what to do")
+    jobs = [(nvcc, source, arch) for source in sources for arch in options.arch]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = [pool.submit(compile_kernels, *job) for job in jobs]
         try:

@@ -37,9 +37,16 @@ def output_of(*command: str) -> str:
 def find_nvcc() -> tuple[str, str]:
     """The nvcc that a build would use, as (path, CUDA release); two empty strings without one."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    match = re.search(r"release (\d+\.\d+)", output_of(path, "--version"))
-    return (path, match[1]) if match else ("", "")
+    major = (torch.version.cuda or "").split(".")[0]
+    wheels = Path(torch.__file__).parents[1] / "nvidia" / f"cu{major}"
+    places = [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc", f"{wheels}/bin/nvcc"]
+    found = []
+    for path in [f"{home}/bin/nvcc"] if home else places:
+        match = re.search(r"release (\d+\.\d+)", output_of(path, "--version") if path else "")
+        if match:
+            found.append((path, match[1]))
+    fitting = [(path, release) for path, release in found if release.split(".")[0] == major]
+    return (*fitting, *found, ("", ""))[0]
 
 
 def covers(archs: str, capability: tuple[int, int]) -> bool:
@@ -83,12 +90,14 @@ def advice(status: _extension.Status, driver: str, nvcc: str) -> list[str]:
                 "installed package: run from another directory."
             )
         todo.append(f"{status.reason} CUDA tensors run in plain PyTorch.")
+        # Wheels have nvcc from CUDA 13 on.
+        or_pip = " or pip install 'cuda-toolkit[nvcc,cccl]'" if int(wanted) >= 13 else ""
         if not nvcc:
-            todo.append(f"Install the CUDA {wanted} toolkit, or set CUDA_HOME to where it is.")
+            todo.append(f"Set CUDA_HOME to a CUDA {wanted} toolkit{or_pip}.")
         elif nvcc.split(".")[0] != wanted:
             todo.append(
                 f"nvcc is of CUDA {nvcc}, torch of CUDA {cuda}: set CUDA_HOME to a CUDA {wanted} "
-                "toolkit."
+                f"toolkit{or_pip}."
             )
         todo.append(
             f"Then {REBUILD}. Where compiling takes all memory, with MAX_JOBS=1 in front of it."

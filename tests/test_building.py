@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,20 +58,3 @@ def test_the_report_knows_the_least_compute_capability() -> None:
     least = re.search(r"^MIN_ARCH = (.*)$", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert least
     assert least[1] == str(report.MIN_CAPABILITY)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-@pytest.mark.parametrize("named", ["", "/opt/cuda"])
-def test_make_prefers_the_usual_toolkit_unless_one_is_named(named: str) -> None:
-    """An nvcc on PATH may be a wrapper without headers around it."""
-    usual = Path("/usr/local/cuda")
-    if not named and not (usual / "bin" / "nvcc").is_file():
-        pytest.skip(f"no {usual}")
-    ours = ("CUDA_HOME", "CUDA_PATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of `make test`
-    environment = {k: v for k, v in os.environ.items() if k not in ours}
-    if named:
-        environment["CUDA_HOME"] = named
-    command = ["make", "--no-print-directory", "-npq", "help"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    values = re.findall(r"^CUDA_HOME :?= (.*)$", run.stdout, re.MULTILINE)
-    assert values == [named or str(usual)]
