@@ -2,8 +2,8 @@
 
 LSOFTMAX_CUDA         unset: kernels if torch is a CUDA build and nvcc is found, else pure Python
                       1: kernels, or an error that names what is missing; 0: pure Python
-CUDA_HOME             the CUDA toolkit (default: nvcc's own, else /usr/local/cuda, else the one that
-                      `pip install 'cuda-toolkit[nvcc,cccl]'` put next to torch)
+CUDA_HOME             the CUDA toolkit (default: the first that fits torch, of nvcc on PATH,
+                      /usr/local/cuda, and pip's wheels next to torch)
 TORCH_CUDA_ARCH_LIST  as for any torch extension (default: the GPUs here, or else DEFAULT_ARCHS)
 MAX_JOBS              files compiled at once
 LSOFTMAX_WERROR       1: warnings in our own code are errors
@@ -20,23 +20,30 @@ import re
 import shlex
 import shutil
 import site
-import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-MIN_ARCH = (8, 0)
 DEFAULT_ARCHS = {(8, 0), (9, 0), (10, 0), (12, 0)}
 HOPPER = (9, 0)
 
 
-class NoKernelsError(Exception):
-    """Why the kernels cannot be built, as half a sentence for whoever is installing."""
+def load(path: Path) -> ModuleType:
+    """A module of the package that is being built: importing that itself would need torch."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolkit = load(ROOT / "lsoftmax" / "_toolkit.py")
+NoKernelsError, ask = toolkit.NoKernelsError, toolkit.ask
 
 
 def say(line: str) -> None:
@@ -66,57 +73,6 @@ def import_torch() -> Any:
     return torch
 
 
-def ask(*command: str, remedy: str = "") -> str:
-    """What a compiler says about itself."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NoKernelsError(f"{command[0]} does not run ({error}){remedy}") from None
-
-
-def toolkits(torch: Any) -> list[Path]:
-    """CUDA toolkits that were not named, the one to prefer first."""
-    found = shutil.which("nvcc")
-    on_path = [Path(found).resolve().parents[1]] if found else []
-    # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
-    homes = [
-        home
-        for home in [*on_path, Path("/usr/local/cuda")]
-        if [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include")]
-    ]
-    # pip's, which may be there in part.
-    wheels = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
-    return [*homes, wheels] if (wheels / "include/cccl").is_dir() else homes
-
-
-def find_toolkit(torch: Any) -> tuple[Path, str]:
-    """The CUDA toolkit to build with and its release ("13.0"), whose major must be torch's.
-
-    A CUDA_HOME that was named is taken at its word.
-    """
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    releases = {}
-    for home in [Path(named)] if named else toolkits(torch):
-        if (home / "bin/nvcc").is_file():
-            match = re.search(r"release (\d+\.\d+)", ask(str(home / "bin/nvcc"), "--version"))
-            releases[home] = match[1] if match else "unknown"
-    cuda = torch.version.cuda
-    major = cuda.split(".")[0]
-    for home, release in releases.items():
-        if release.split(".")[0] == major:
-            return home, release
-    remedy = f"set CUDA_HOME to a CUDA {major} toolkit"
-    if int(major) >= 13 and not named:  # there are no such wheels of earlier ones
-        remedy += " or pip install 'cuda-toolkit[nvcc,cccl]'"
-    for home, release in releases.items():
-        raise NoKernelsError(
-            f"nvcc in {home} is of CUDA {release}, torch {torch.__version__} is of CUDA {cuda}: "
-            f"{remedy}"
-        )
-    where = f"in CUDA_HOME={named}" if named else "on PATH, in /usr/local/cuda or next to torch"
-    raise NoKernelsError(f"there is no nvcc {where}: {remedy}")
-
-
 def libraries(home: Path, names: list[str]) -> list[str]:
     """What to link with: a toolkit of wheels has CUDA's runtime by its versioned name alone."""
     versioned = sorted(home.glob("lib/libcudart.so.*"))
@@ -132,7 +88,7 @@ def choose_archs(list_gpu_arch: str, gpus: set[tuple[int, int]]) -> str:
     Hopper it is 9.0a, with the matrix instructions that no other GPU has, and that no PTX carries.
     """
     known = {(int(a), int(b)) for a, b in re.findall(r"compute_(\d+)(\d)\b", list_gpu_arch)}
-    usable = {arch for arch in known if arch >= MIN_ARCH}
+    usable = {arch for arch in known if arch >= toolkit.MIN_CAPABILITY}
     archs = DEFAULT_ARCHS & usable
     if gpus:
         fits = [{arch for arch in usable if arch <= gpu} for gpu in gpus]
@@ -168,9 +124,7 @@ def write_build_info(directory: Path, **facts: Any) -> None:
 def with_kernels() -> dict[str, Any]:
     """Arguments for setup() that build the kernels. Raises NoKernelsError where that cannot be."""
     torch = import_torch()
-    if torch.version.cuda is None:
-        raise NoKernelsError(f"torch {torch.__version__} is not a CUDA build")
-    home, release = find_toolkit(torch)
+    home, release = toolkit.find_toolkit(torch)
     nvcc = str(home / "bin/nvcc")
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "") in ("", "native"):
         gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}

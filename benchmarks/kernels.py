@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from lsoftmax.__main__ import find_nvcc
+from lsoftmax._toolkit import NoKernelsError, find_toolkit
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHS = ("80", "90a", "100", "120")
@@ -120,9 +121,10 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=ARCHS, help="devices, as in sm_<arch>")
     options = parser.parse_args()
     sources = [CSRC / file for file in options.files] or sorted(CSRC.glob("*.cu"))
-    nvcc, _ = find_nvcc()
-    if not nvcc:
-        raise SystemExit("there is no nvcc: python -m lsoftmax says what to do")
+    try:
+        nvcc = str(find_toolkit(torch)[0] / "bin/nvcc")
+    except NoKernelsError as error:
+        raise SystemExit(str(error)) from None
     jobs = [(nvcc, source, arch) for source in sources for arch in options.arch]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = [pool.submit(compile_kernels, *job) for job in jobs]

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +17,8 @@ import torch
 import lsoftmax
 
 from . import _extension
+from ._toolkit import MIN_CAPABILITY, NoKernelsError, find_toolkit
 
-MIN_CAPABILITY = (8, 0)  # as in setup.py
 NO_KERNEL_IMAGE = 'CUDA says "no kernel image is available"'
 REBUILD = "LSOFTMAX_CUDA=1 pip install --force-reinstall --no-deps . (in lsoftmax's source tree)"
 
@@ -32,21 +30,6 @@ def output_of(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return run.stdout.strip()
-
-
-def find_nvcc() -> tuple[str, str]:
-    """The nvcc that a build would use, as (path, CUDA release); two empty strings without one."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    major = (torch.version.cuda or "").split(".")[0]
-    wheels = Path(torch.__file__).parents[1] / "nvidia" / f"cu{major}"
-    places = [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc", f"{wheels}/bin/nvcc"]
-    found = []
-    for path in [f"{home}/bin/nvcc"] if home else places:
-        match = re.search(r"release (\d+\.\d+)", output_of(path, "--version") if path else "")
-        if match:
-            found.append((path, match[1]))
-    fitting = [(path, release) for path, release in found if release.split(".")[0] == major]
-    return (*fitting, *found, ("", ""))[0]
 
 
 def covers(archs: str, capability: tuple[int, int]) -> bool:
@@ -70,8 +53,11 @@ def registrations() -> list[str]:
     return [f"{n}: {'CUDA' if on_cuda(n, 'CUDA') else 'PyTorch only'}" for n in sorted(names)]
 
 
-def advice(status: _extension.Status, driver: str, nvcc: str) -> list[str]:
-    """What to do about each fault there is, the one to mend first coming first."""
+def advice(status: _extension.Status, driver: str, no_toolkit: str) -> list[str]:
+    """What to do about each fault there is, the one to mend first coming first.
+
+    ``no_toolkit`` is why there could be no kernels today, empty if there could.
+    """
     cuda = torch.version.cuda
     todo = []
     if not cuda and driver:
@@ -83,22 +69,14 @@ def advice(status: _extension.Status, driver: str, nvcc: str) -> list[str]:
     if not cuda:
         return todo
     if not status.built:
-        wanted = cuda.split(".")[0]
         if (Path(__file__).parents[1] / "setup.py").is_file():
             todo.append(
                 f"This is lsoftmax's source tree ({Path(__file__).parents[1]}), which hides an "
                 "installed package: run from another directory."
             )
         todo.append(f"{status.reason} CUDA tensors run in plain PyTorch.")
-        # Wheels have nvcc from CUDA 13 on.
-        or_pip = " or pip install 'cuda-toolkit[nvcc,cccl]'" if int(wanted) >= 13 else ""
-        if not nvcc:
-            todo.append(f"Set CUDA_HOME to a CUDA {wanted} toolkit{or_pip}.")
-        elif nvcc.split(".")[0] != wanted:
-            todo.append(
-                f"nvcc is of CUDA {nvcc}, torch of CUDA {cuda}: set CUDA_HOME to a CUDA {wanted} "
-                f"toolkit{or_pip}."
-            )
+        if no_toolkit and no_toolkit not in status.reason:
+            todo.append(f"{no_toolkit[0].upper()}{no_toolkit[1:]}.")
         todo.append(
             f"Then {REBUILD}. Where compiling takes all memory, with MAX_JOBS=1 in front of it."
         )
@@ -126,7 +104,12 @@ def report() -> None:
     """Prints what is installed, built and visible, and what to do."""
     status = _extension.status()
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    nvcc_path, nvcc = find_nvcc()
+    nvcc, no_toolkit = "none that fits torch", ""
+    try:
+        home, release = find_toolkit(torch)
+        nvcc = f"CUDA {release}, {home}/bin/nvcc"
+    except NoKernelsError as error:
+        no_toolkit = str(error)
     if status.built:
         kernels = "loaded" if status.loaded else "built, not loaded"
     else:
@@ -135,7 +118,7 @@ def report() -> None:
         ("lsoftmax", f"{lsoftmax.__version__} in {Path(__file__).parent}"),
         ("Python", platform.python_version()),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or '-'}"),
-        ("nvcc", f"CUDA {nvcc}, {nvcc_path}" if nvcc else "not found"),
+        ("nvcc", nvcc),
         ("driver", driver.partition("\n")[0] or "not found"),
     ]
     for i in range(torch.cuda.device_count()):
@@ -150,7 +133,7 @@ def report() -> None:
     lines += [("op", line) for line in registrations()]
     for name, value in lines:
         print(f"{name:<10} {value}")
-    todo = advice(status, driver, nvcc)
+    todo = advice(status, driver, no_toolkit)
     print("\nTo do:" if todo else "\nNothing to do.")
     for item in todo:
         print(f"  - {item}")

@@ -76,7 +76,9 @@ def from_published(
     else:
         found = _Source(_of_state_dict(source, prefix), 1.0, None, 0.0)
     if margin is None and found.margin is None:
-        raise ValueError("margin: expected an integer >= 1, which a state_dict lacks, got None")
+        raise ValueError(
+            "margin: expected an integer >= 1, got None: a state_dict does not say it, pass margin="
+        )
     checks.check_dense("weight", found.weight)
     weight = found.weight.detach()
     if weight.dim() != 2:

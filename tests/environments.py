@@ -53,12 +53,12 @@ class Environment:
         return run(self.python, "-W", "error::RuntimeWarning", "-m", "lsoftmax")
 
 
-def make_base(directory: Path, variable: str, *packages: str) -> Path:
+def make_base(directory: Path, torch: str, variable: str) -> Path:
     if variable in os.environ:
         return Path(os.environ[variable])
     run(sys.executable, "-m", "venv", directory)
     python = directory / "bin" / "python"
-    run(python, "-m", "pip", "install", *packages, "numpy", "setuptools>=77", "ninja")
+    run(python, "-m", "pip", "install", torch, "numpy", "setuptools>=77", "ninja")
     return python
 
 

@@ -140,7 +140,9 @@ def fuzz(cases: Callable[[list[Entry]], Iterator[Case]], backend: str) -> dict[s
         counts[entry.name][outcome] += 1
     if distributed:
         dist.destroy_process_group()
-    return {"counts": counts, "found": found}
+    arguments = sum(len(entry.good) for entry in all_entries)
+    sweep = arguments * (len(ODD) + len(tensors()))
+    return {"counts": counts, "found": found, "sweep": sweep}
 
 
 def main() -> None:

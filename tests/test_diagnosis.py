@@ -77,7 +77,13 @@ CASES = [
     Case(
         "no nvcc",
         Machine({"missing": "there is no nvcc on PATH"}, None, nvcc=None),
-        ["there is no nvcc on PATH", "Set CUDA_HOME to a CUDA 13 toolkit or pip install", REBUILD],
+        [
+            "nvcc       none that fits torch",
+            "there is no nvcc on PATH",  # as it was recorded
+            "There is no nvcc in CUDA_HOME=",
+            "or unset CUDA_HOME and `pip install nvidia-cuda-nvcc~=13.0.0 nvidia-nvvm~=13.0.0",
+            REBUILD,
+        ],
     ),
     Case(
         "no C++ compiler",
@@ -87,7 +93,7 @@ CASES = [
     Case(
         "CUDA majors differ",
         Machine({"missing": "nvcc is of CUDA 12.8"}, None, nvcc="12.8"),
-        ["nvcc is of CUDA 12.8, torch of CUDA 13.0: set CUDA_HOME to a CUDA 13 toolkit", REBUILD],
+        ["is of CUDA 12.8, torch", "is of CUDA 13.0: set CUDA_HOME to a CUDA 13 toolkit", REBUILD],
     ),
     Case(
         "compiling took all memory",

@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 CALLS = {"portable": (1000, 10_000), "emulation": (150, 2000), "sanitized": (100, 500)}
 
 
-def fuzz(backend: str, request: pytest.FixtureRequest, *options: str) -> tuple[int, int]:
-    """How many calls were refused, and how many gave a right result; nothing else was found."""
+def fuzz(backend: str, request: pytest.FixtureRequest, *options: str) -> tuple[int, int, int]:
+    """How many calls were refused, how many gave a right result, and how many a sweep has."""
     if backend == "cuda":
         pytest.skip("a target outside [0, C) ends the CUDA context of the process")
     seed = str(request.config.getoption("--seed"))
@@ -33,7 +33,7 @@ def fuzz(backend: str, request: pytest.FixtureRequest, *options: str) -> tuple[i
         sum(counts.get(what, 0) for counts in result["counts"].values())
         for what in ("refused", "right")
     )
-    return refused, right
+    return refused, right, result["sweep"]
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,13 @@ def fuzz(backend: str, request: pytest.FixtureRequest, *options: str) -> tuple[i
 )
 def test_drawn(nightly: bool, device: str, backend: str, request: pytest.FixtureRequest) -> None:
     calls = CALLS.get(backend, (0, 0))[nightly]
-    counts = fuzz(backend, request, "--calls", str(calls))
-    assert sum(counts) == calls
-    assert min(counts) > calls / 10, "arguments were nearly all right, or nearly all wrong"
+    refused, right, _ = fuzz(backend, request, "--calls", str(calls))
+    assert refused + right == calls
+    assert min(refused, right) > calls / 10, "arguments were nearly all right, or nearly all wrong"
 
 
 def test_sweep(device: str, backend: str, request: pytest.FixtureRequest) -> None:
-    counts = fuzz(backend, request, "--sweep")
-    assert min(counts) > 500, "arguments were nearly all right, or nearly all wrong"
+    refused, right, calls = fuzz(backend, request, "--sweep")
+    assert refused + right == calls
+    assert calls > 5000
+    assert right > 500

@@ -1,0 +1,112 @@
+"""The CUDA toolkit that kernels are built with: for setup.py, and for `python -m lsoftmax`.
+
+setup.py loads this file by its path, before there is a package, so it imports nothing of ours and
+no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MIN_CAPABILITY = (8, 0)  # of the GPUs that kernels are built for
+USUAL = Path("/usr/local/cuda")
+WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl")
+
+
+class NoKernelsError(Exception):
+    """Why the kernels cannot be built, as half a sentence for whoever is installing."""
+
+
+def ask(*command: str, remedy: str = "") -> str:
+    """What a compiler says about itself."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoKernelsError(f"{command[0]} does not run ({error}){remedy}") from None
+
+
+def requirements(cuda: str) -> list[str]:
+    """What to ask of pip for nvcc of a CUDA release ("13.0"); there is none before 13.
+
+    All of one release, which the wheels' own requirements do not see to.
+    """
+    return [f"{name}~={cuda}.0" for name in WHEELS]
+
+
+def place_of_wheels(torch: Any) -> Path:
+    """Where pip puts CUDA 13, part by part: some parts always come with torch, nvcc does not."""
+    return Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
+
+
+def toolkits(torch: Any) -> list[Path]:
+    """CUDA toolkits that were not named, the one to prefer first."""
+    found = shutil.which("nvcc")
+    on_path = [Path(found).resolve().parents[1]] if found else []
+    # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
+    homes = [
+        home
+        for home in [*on_path, USUAL]
+        if [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include")]
+    ]
+    return [home for home in [*homes, place_of_wheels(torch)] if (home / "bin/nvcc").is_file()]
+
+
+def check(home: Path, torch: Any) -> str:
+    """The CUDA release of a toolkit ("13.0"). NoKernelsError if it cannot build for torch."""
+    nvcc = str(home / "bin/nvcc")
+    match = re.search(r"release (\d+\.\d+)", ask(nvcc, "--version"))
+    release = match[1] if match else "unknown"
+    cuda = torch.version.cuda
+    if release.split(".")[0] != cuda.split(".")[0]:
+        raise NoKernelsError(
+            f"nvcc in {home} is of CUDA {release}, torch {torch.__version__} is of CUDA {cuda}"
+        )
+    if home == place_of_wheels(torch):
+        # pip takes wheels of several releases together, whose compiler the assembler does not know.
+        with tempfile.TemporaryDirectory() as directory:
+            source = Path(directory, "empty.cu")
+            source.write_text("#include <cuda_fp16.h>\n")
+            try:
+                ask(nvcc, "-cubin", "-arch=sm_80", str(source), "-o", f"{directory}/empty.cubin")
+            except NoKernelsError:
+                raise NoKernelsError(
+                    f"the CUDA wheels in {home} are not all there, or of several releases"
+                ) from None
+    return release
+
+
+def find_toolkit(torch: Any) -> tuple[Path, str]:
+    """The CUDA toolkit to build with for this torch, and its release ("13.0").
+
+    A CUDA_HOME that was named is taken at its word; of others the first that fits.
+
+    Raises:
+        NoKernelsError: there is none, with what to do.
+    """
+    cuda = torch.version.cuda
+    if cuda is None:
+        raise NoKernelsError(f"torch {torch.__version__} is not a CUDA build")
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    faults = []
+    for home in [Path(named)] if named else toolkits(torch):
+        if (home / "bin/nvcc").is_file():
+            try:
+                return home, check(home, torch)
+            except NoKernelsError as error:
+                faults.append(str(error))
+    major = cuda.split(".")[0]
+    remedy = f"set CUDA_HOME to a CUDA {major} toolkit"
+    if int(major) >= 13:
+        unset = "unset CUDA_HOME and " if named else ""
+        remedy += f", or {unset}`pip install {' '.join(requirements(cuda))}`"
+    looked = f"in CUDA_HOME={named}"
+    if not named:
+        looked = f"on PATH, in {USUAL} or in {place_of_wheels(torch)}"
+    faults.append(f"there is no nvcc {looked}")
+    raise NoKernelsError(f"{faults[0]}: {remedy}")

@@ -1,0 +1,135 @@
+"""Which CUDA toolkit the kernels are built with, and what is said where none fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lsoftmax import _toolkit
+from lsoftmax._toolkit import NoKernelsError, find_toolkit, place_of_wheels
+
+# Says its release; compiles nothing, or fails at it.
+NVCC = """#!/bin/sh
+case "$*" in
+  --version) echo 'Cuda compilation tools, release {release}, V{release}.1'; exit {runs};;
+  *) exit {compiles};;
+esac
+"""
+
+
+def toolkit(
+    home: Path, release: str = "13.0", headers: bool = True, runs: int = 0, compiles: int = 0
+) -> Path:
+    """A folder that looks like one; `runs` and `compiles` are exit codes of its nvcc."""
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(NVCC.format(release=release, runs=runs, compiles=compiles))
+    nvcc.chmod(0o755)
+    if headers:
+        (home / "include").mkdir()
+        (home / "include" / "cuda_runtime.h").touch()
+    return home
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """One without CUDA."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(_toolkit, "USUAL", tmp_path / "usual")
+    return monkeypatch
+
+
+def torch_of(cuda: str | None, tmp_path: Path) -> SimpleNamespace:
+    file = str(tmp_path / "site" / "torch" / "__init__.py")
+    return SimpleNamespace(__version__="2.15.0", version=SimpleNamespace(cuda=cuda), __file__=file)
+
+
+def put_on_path(machine, home: Path) -> None:
+    machine.setenv("PATH", str(home / "bin"))
+
+
+def test_by_name(machine, tmp_path):
+    """Taken at its word, headers or not, whatever else there is."""
+    torch_13 = torch_of("13.2", tmp_path)
+    put_on_path(machine, toolkit(tmp_path / "on-path"))
+    home = toolkit(tmp_path / "cuda", headers=False)
+    machine.setenv("CUDA_HOME", str(home))
+    assert find_toolkit(torch_13) == (home, "13.0")
+    machine.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(
+        NoKernelsError, match=f"no nvcc in CUDA_HOME={tmp_path}: .* or unset CUDA_H"
+    ):
+        find_toolkit(torch_13)
+
+
+def test_by_nvcc_on_path(machine, tmp_path):
+    home = toolkit(tmp_path / "cuda-13")
+    link = tmp_path / "links" / "bin"
+    link.mkdir(parents=True)
+    (link / "nvcc").symlink_to(home / "bin" / "nvcc")
+    put_on_path(machine, link.parent)
+    assert find_toolkit(torch_of("13.2", tmp_path)) == (home, "13.0")
+
+
+def test_behind_a_wrapper(machine, tmp_path):
+    put_on_path(machine, toolkit(tmp_path / "wrapper", headers=False))
+    usual = toolkit(tmp_path / "usual")
+    assert find_toolkit(torch_of("13.2", tmp_path)) == (usual, "13.0")
+
+
+@pytest.mark.parametrize("fault", [{"release": "12.9"}, {"release": "14.0"}, {"runs": 1}])
+def test_the_first_that_fits(machine, tmp_path, fault):
+    """What is not taken is not even asked: it may be broken."""
+    torch_13 = torch_of("13.2", tmp_path)
+    put_on_path(machine, toolkit(tmp_path / "unfit", **fault))
+    usual = toolkit(tmp_path / "usual", "13.1")
+    wheels = toolkit(place_of_wheels(torch_13), runs=1)
+    assert find_toolkit(torch_13) == (usual, "13.1")
+    (usual / "bin" / "nvcc").unlink()
+    (wheels / "bin" / "nvcc").write_text(NVCC.format(release="13.2", runs=0, compiles=0))
+    assert find_toolkit(torch_13) == (wheels, "13.2")
+
+
+def test_wheels_that_do_not_fit_together(machine, tmp_path):
+    torch_13 = torch_of("13.2", tmp_path)
+    wheels = toolkit(place_of_wheels(torch_13), "13.2", compiles=1)
+    with pytest.raises(
+        NoKernelsError, match=f"wheels in {wheels} are not all there, or of several"
+    ):
+        find_toolkit(torch_13)
+
+
+@pytest.mark.parametrize(
+    ("release", "cuda"), [("12.9", "13.2"), ("14.0", "13.2"), ("13.0", "12.8")]
+)
+def test_majors_must_agree(machine, tmp_path, release, cuda):
+    home = toolkit(tmp_path / "usual", release)
+    words = f"nvcc in {home} is of CUDA {release}, torch 2.15.0 is of CUDA {cuda}: set CUDA_HOME"
+    with pytest.raises(NoKernelsError, match=words):
+        find_toolkit(torch_of(cuda, tmp_path))
+
+
+WHEELS = (
+    "nvidia-cuda-nvcc~=13.2.0 nvidia-nvvm~=13.2.0 nvidia-cuda-crt~=13.2.0 nvidia-cuda-cccl~=13.2.0"
+)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "remedy"),
+    [("13.2", f"CUDA 13 toolkit, or `pip install {WHEELS}`$"), ("12.8", "a CUDA 12 toolkit$")],
+)
+def test_none(machine, tmp_path, cuda, remedy):
+    torch = torch_of(cuda, tmp_path)
+    where = f"on PATH, in {tmp_path}/usual or in {place_of_wheels(torch)}"
+    with pytest.raises(NoKernelsError, match=f"^there is no nvcc {where}: set CUDA_HOME.*{remedy}"):
+        find_toolkit(torch)
+
+
+def test_not_a_cuda_torch(machine, tmp_path):
+    toolkit(tmp_path / "usual")
+    with pytest.raises(NoKernelsError, match=r"^torch 2\.15\.0 is not a CUDA build$"):
+        find_toolkit(torch_of(None, tmp_path))
