@@ -3,7 +3,7 @@
     python -m benchmarks.kernels                 every csrc/*.cu for every supported device
     python -m benchmarks.kernels loss_rows.cu --arch 90a
 
-Needs nvcc (the one that a build would use) and torch's headers, no GPU. A warning is an error.
+Needs nvcc (the first that setup.py looks at) and torch's headers, no GPU. A warning is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lsoftmax._toolkit import NoKernelsError, find_toolkit
+from lsoftmax._toolkit import toolkits
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHS = ("80", "90a", "100", "120")
@@ -121,13 +121,13 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=ARCHS, help="devices, as in sm_<arch>")
     options = parser.parse_args()
     sources = [CSRC / file for file in options.files] or sorted(CSRC.glob("*.cu"))
-    try:
-        nvcc = str(find_toolkit(torch)[0] / "bin/nvcc")
-    except NoKernelsError as error:
-        raise SystemExit(str(error)) from None
-    jobs = [(nvcc, source, arch) for source in sources for arch in options.arch]
+    homes = toolkits(torch)
+    if not homes:
+        raise SystemExit("there is no nvcc: put it on PATH or set CUDA_HOME")
+    nvcc = str(homes[0] / "bin/nvcc")
+    jobs = [(source, arch) for source in sources for arch in options.arch]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(compile_kernels, *job) for job in jobs]
+        futures = [pool.submit(compile_kernels, nvcc, *job) for job in jobs]
         try:
             found = [future.result() for future in tqdm(futures, file=sys.stderr, leave=False)]
         except RuntimeError as error:

@@ -44,17 +44,26 @@ def place_of_wheels(torch: Any) -> Path:
     return Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
 
 
+def named_home() -> str | None:
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+
+
 def toolkits(torch: Any) -> list[Path]:
-    """CUDA toolkits that were not named, the one to prefer first."""
-    found = shutil.which("nvcc")
-    on_path = [Path(found).resolve().parents[1]] if found else []
-    # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
-    homes = [
-        home
-        for home in [*on_path, USUAL]
-        if [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include")]
-    ]
-    return [home for home in [*homes, place_of_wheels(torch)] if (home / "bin/nvcc").is_file()]
+    """CUDA toolkits: the one that was named, at its word, or those there are, in this order."""
+    if named := named_home():
+        homes = [Path(named)]
+    else:
+        found = shutil.which("nvcc")
+        on_path = [Path(found).resolve().parents[1]] if found else []
+        # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
+        homes = [
+            home
+            for home in [*on_path, USUAL]
+            if [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include")]
+        ]
+        if torch.version.cuda:
+            homes.append(place_of_wheels(torch))
+    return [home for home in homes if (home / "bin/nvcc").is_file()]
 
 
 def check(home: Path, torch: Any) -> str:
@@ -82,9 +91,7 @@ def check(home: Path, torch: Any) -> str:
 
 
 def find_toolkit(torch: Any) -> tuple[Path, str]:
-    """The CUDA toolkit to build with for this torch, and its release ("13.0").
-
-    A CUDA_HOME that was named is taken at its word; of others the first that fits.
+    """The CUDA toolkit to build with, the first that fits this torch, and its release ("13.0").
 
     Raises:
         NoKernelsError: there is none, with what to do.
@@ -92,21 +99,19 @@ def find_toolkit(torch: Any) -> tuple[Path, str]:
     cuda = torch.version.cuda
     if cuda is None:
         raise NoKernelsError(f"torch {torch.__version__} is not a CUDA build")
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     faults = []
-    for home in [Path(named)] if named else toolkits(torch):
-        if (home / "bin/nvcc").is_file():
-            try:
-                return home, check(home, torch)
-            except NoKernelsError as error:
-                faults.append(str(error))
+    for home in toolkits(torch):
+        try:
+            return home, check(home, torch)
+        except NoKernelsError as error:  # noqa: PERF203
+            faults.append(str(error))
+    named = named_home()
     major = cuda.split(".")[0]
     remedy = f"set CUDA_HOME to a CUDA {major} toolkit"
     if int(major) >= 13:
         unset = "unset CUDA_HOME and " if named else ""
         remedy += f", or {unset}`pip install {' '.join(requirements(cuda))}`"
-    looked = f"in CUDA_HOME={named}"
-    if not named:
-        looked = f"on PATH, in {USUAL} or in {place_of_wheels(torch)}"
-    faults.append(f"there is no nvcc {looked}")
+    wheels = place_of_wheels(torch)
+    where = f"in CUDA_HOME={named}" if named else f"on PATH, in {USUAL} or in {wheels}"
+    faults.append(f"there is no nvcc {where}")
     raise NoKernelsError(f"{faults[0]}: {remedy}")

@@ -130,6 +130,8 @@ def test_none(machine, tmp_path, cuda, remedy):
 
 
 def test_not_a_cuda_torch(machine, tmp_path):
-    toolkit(tmp_path / "usual")
+    """Compiles nothing for it; but what kernels come to can be asked (benchmarks/kernels.py)."""
+    usual = toolkit(tmp_path / "usual")
+    assert _toolkit.toolkits(torch_of(None, tmp_path)) == [usual]
     with pytest.raises(NoKernelsError, match=r"^torch 2\.15\.0 is not a CUDA build$"):
         find_toolkit(torch_of(None, tmp_path))
