@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+Loss = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]  # of x, w, y, margin, lam
+
 
 class UnsupportedError(Exception):
     """Raised by a provider that does not take such inputs; the text says which."""
@@ -41,6 +43,7 @@ class Provider:
     """What every provider answers; the ones below say where they differ."""
 
     name: str
+    loss: Loss  # of one that has no `bind` of its own
     requires: str | None = None  # the module it comes from
     package: str | None = None  # what pip calls that
     cuda_only = False
@@ -48,9 +51,6 @@ class Provider:
     limit = False  # not a loss: a bound to compare with
     arrays = 4.0  # N x C arrays at its peak, for the estimate on a CPU
     types = ("float32", "float64", "float16", "bfloat16")
-
-    def loss(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Tensor:
-        raise NotImplementedError
 
     def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
         return Bound(partial(self.loss, x, w, y, margin, lam), (x, w))

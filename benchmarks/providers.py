@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
@@ -24,9 +23,7 @@ from .peers import (
     Published,
     Quack,
 )
-from .provider import Bound, Provider, UnsupportedError
-
-Loss = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+from .provider import Bound, Loss, Provider, UnsupportedError
 
 
 class Function(Provider):
