@@ -149,7 +149,9 @@ def test_certain_rows_beyond_what_a_float_counts(
     true.backward()
     torch.testing.assert_close(loss.double(), true, rtol=1e-6, atol=0)
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=0)
-    torch.testing.assert_close(w.grad.double(), w64.grad, rtol=1e-5, atol=0)
+    # A sum over the rows, of which a lone class should get 0: to some roundings of its terms.
+    atol = 1e-6 * x.detach().abs().mean().item()
+    torch.testing.assert_close(w.grad.double(), w64.grad, rtol=1e-5, atol=atol)
 
 
 def test_a_sum_of_many_is_not_lost_in_a_huge_gap(device: str) -> None:
