@@ -51,12 +51,14 @@ struct RowTerms {
 __device__ inline RowTerms row_terms(const MarginTerms& m, const RowSums<double>& sums,
                                      const Smoothing& q) {
   // f as it is, not as the row's reference rounded it: E_y and beta x nearly cancel, so what goes
-  // into the one must be what went into the other.
+  // into the one must be what went into the other. But above it by no more than the slack: a logit
+  // of 1e10 is rounded by hundreds, and exp(hundreds) is no unit for E.
   const double r = sums.reference, e_sum = sums.e_sum;
-  const double gap = log(e_sum) + r - m.f;  // L - f: loss = softplus(gap), p_y - 1 = -sigmoid(gap)
+  const double f = m.f > r + kSlack ? r + kSlack : m.f;
+  const double gap = log(e_sum) + r - f;  // L - f: loss = softplus(gap), p_y - 1 = -sigmoid(gap)
   const double softplus = gap > 0 ? gap + log1p(exp(-gap)) : log1p(exp(gap));
   // Without other exponentials any unit serves, and exp(f - r) may be 0: r is f, but rounded.
-  const double s = e_sum == 0 ? 1 : e_sum + exp(m.f - r);
+  const double s = e_sum == 0 ? 1 : e_sum + exp(f - r);
   const double t = gap > 0 ? -1 / (1 + exp(-gap)) : -exp(gap) / (1 + exp(gap));
   if (!(q.epsilon > 0)) {
     const double g = q.w_y * t;

@@ -20,7 +20,12 @@ from lsoftmax.margin import accumulate_type
 # Relative errors of a loss and of a gradient. In 16 bits a gradient has seen three roundings: of
 # an exponential, of a feature times its scale, and its own.
 LOSS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
-GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+GRADIENT = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+    torch.bfloat16: 3 * 2**-8,
+    torch.float16: 2**-9,
+}
 LOGIT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 _STEPS = 4.0  # roundings that a term of a sum has seen, over the root of how many terms there are
 

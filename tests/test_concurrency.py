@@ -43,9 +43,12 @@ def at_once(work: list[Callable[[], list[Tensor]]]) -> list[list[Tensor]]:
     """What each returns, run in a thread of its own, all begun together."""
     results: list[list[Tensor] | BaseException | None] = [None] * len(work)
     gate = threading.Barrier(len(work))
+    cores = torch.get_num_threads()
 
     def run(place: int) -> None:
         try:
+            # A new thread has the environment's number, and with another MKL may round otherwise.
+            torch.set_num_threads(cores)
             gate.wait()
             results[place] = work[place]()
         except BaseException as error:

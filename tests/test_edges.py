@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cases import WAYS, on_the_way
 from lsoftmax import functional, reference
 from problems import Problem, assert_right, problem, relative_error, with_peaks
 
@@ -152,6 +153,31 @@ def test_certain_rows_beyond_what_a_float_counts(
     # A sum over the rows, of which a lone class should get 0: to some roundings of its terms.
     atol = 1e-6 * x.detach().abs().mean().item()
     torch.testing.assert_close(w.grad.double(), w64.grad, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_classes_alike_beyond_what_a_float_counts(smoothing: float, way: str, device: str) -> None:
+    """Where f is the other class's logit and both are 1e10, rounding by hundreds decides which is
+    the likelier, and no type has exp(f - reference). Probabilities add up to 1 either way: with one
+    feature and like classes nothing is left of dx, and what one class gets the other loses: but for
+    chunks of classes, whose logits are computed twice and may be rounded once up and once down.
+    """
+    x = 10.0 ** (8 + 3 * torch.rand(64, 1))
+    w = (5 + torch.rand(1, 1)).expand(2, 1)
+    x, w = (t.to(device).requires_grad_() for t in (x, w))
+    y = torch.zeros(64, dtype=torch.int64, device=device)
+    with on_the_way(way, 1, x, w, "sum") as budget:
+        loss = functional.lsoftmax_loss(
+            x, w, y, 4, 0.0, label_smoothing=smoothing, reduction="sum", memory_budget=budget
+        )
+    dx, dw = torch.autograd.grad(loss, (x, w))
+    most = x.detach().sum()
+    assert loss <= 1e-6 * w[0] * most
+    assert (dw.abs() <= (1 + 1e-4) * most).all()
+    remainder = 1e-4 + (way == "classes")
+    assert (dx.abs() <= remainder * w[0]).all()
+    assert dw.sum().abs() <= remainder * most
 
 
 def test_a_sum_of_many_is_not_lost_in_a_huge_gap(device: str) -> None:
