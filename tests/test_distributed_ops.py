@@ -229,7 +229,9 @@ def test_strides_and_repeats(dtype: torch.dtype, class_chunk: int, device: str) 
     others = run(*(strided(t) for t in (x, w.t().contiguous().t(), y, smoothing, rows)))
     for a, b, c in zip(first, again, others, strict=True):
         assert torch.equal(a, b)
-        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
+        # Other strides are added up in another order, and rounded the other way in 16 bits.
+        near = max(1e-5, 4 * torch.finfo(a.dtype).eps)
+        torch.testing.assert_close(a, c, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("class_chunk", [0, 5])
