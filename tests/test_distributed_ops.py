@@ -230,7 +230,7 @@ def test_strides_and_repeats(dtype: torch.dtype, class_chunk: int, device: str) 
     for a, b, c in zip(first, again, others, strict=True):
         assert torch.equal(a, b)
         # Other strides are added up in another order, and rounded the other way in 16 bits.
-        near = max(1e-5, 4 * torch.finfo(a.dtype).eps)
+        near = max(1e-5, GRADIENT_BOUND[a.dtype])
         torch.testing.assert_close(a, c, rtol=near, atol=near)
 
 
