@@ -55,8 +55,9 @@ def test_margin_logits_of_16_bits_are_rounded_once(dtype: torch.dtype, device: s
     by many units in the last place.
     """
     p = problem(40, 64, 10, dtype, device, norm=20.0)
-    with torch.no_grad():  # near their class vectors, where psi is steep
-        p.x.copy_(F.normalize(p.w[p.y].float() + 0.05 * torch.randn(40, 64, device=device)) * 20)
+    with torch.no_grad():  # 10 to 50 degrees from their class vectors: psi is steep there
+        across = torch.linspace(0.02, 0.15, 40)[:, None] * torch.randn(40, 64)
+        p.x.copy_(F.normalize(p.w[p.y].float() + across.to(device)) * 20)
     x, w = p.x.detach().double(), p.w.detach().double()
     norms = (x.norm(dim=1) * w[p.y].norm(dim=1)).unsqueeze(1)
     for margin, lam in itertools.product((2, 4), (0.0, 0.5)):
