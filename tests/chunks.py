@@ -67,6 +67,6 @@ def assert_close(
 
 
 def bounds_for(p: Problem, **options) -> tuple[float, float]:
-    """Of loss and gradients, docs/design.md's: in 16 bits twice what two roundings cost."""
+    """Of loss and gradients, docs/design.md's: in 16 bits twice what roundings cost."""
     exact = {torch.float64: (1e-11, 1e-11), torch.float32: (2e-6, 1e-5)}.get(p.x.dtype)
     return exact or (1e-4, 2 * rounding_error(p, p.x.dtype, **options))

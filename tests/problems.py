@@ -111,9 +111,16 @@ def assert_right(p: Problem, loss_bound: float, gradient_bound: float, **options
 
 
 def rounding_error(p: Problem, dtype: torch.dtype, **options) -> float:
-    """Error of a float32-accumulated implementation: one rounding of dz and one of the gradients.
+    """Error of an implementation with float32 sums: exponentials are rounded, features times their
+    scale, and the gradients.
 
-    In quadrature, each taken as what rounding the true gradients costs.
+    In quadrature, each taken as what rounding the true gradients costs; but the exponentials are
+    larger than what label smoothing's 1/C leaves of them.
     """
     _, dx, dw = p.true_loss(**options)
-    return math.sqrt(2) * max(relative_error(g.to(dtype), g) for g in (dx, dw))
+    margin, lam = options.get("margin", 4), options.get("lam", 0.0)
+    logits = reference.lsoftmax_linear(*p._wide(), p.y.clamp(min=0), margin, lam).detach()
+    probabilities = logits.softmax(1)
+    left = probabilities - options.get("label_smoothing", 0.0) / probabilities.shape[1]
+    times = float(probabilities.norm() / left.norm())
+    return math.hypot(1, times, times) * max(relative_error(g.to(dtype), g) for g in (dx, dw))
