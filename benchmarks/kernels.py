@@ -31,6 +31,7 @@ _KERNEL = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _TOTALS = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+_SERIALIZED = re.compile(r"\(C75\d\d\)")  # "info" of wgmma and setmaxnreg done the slow way
 
 
 @dataclass
@@ -67,7 +68,12 @@ def parse(file: str, text: str) -> list[Kernel]:
 
 
 def compile_kernels(nvcc: str, source: Path, arch: str) -> list[Kernel]:
-    """Compile one file for one device. Raises RuntimeError with nvcc's words where it does not."""
+    """Compile one file for one device.
+
+    Raises:
+        RuntimeError: it does not compile; or ptxas has waited after each product of the tensor
+            cores, or ignored a change of the register count, which to nvcc are no warnings.
+    """
     from torch.utils.cpp_extension import include_paths
 
     command = [nvcc, "-std=c++20", "-O3", "-c", str(source), "-o", os.devnull]
@@ -75,9 +81,10 @@ def compile_kernels(nvcc: str, source: Path, arch: str) -> list[Kernel]:
     command += ["-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra"]
     command += [word for path in include_paths() for word in ("-isystem", path)]
     run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode != 0:
-        raise RuntimeError(f"{source.name} for sm_{arch}:\n{run.stdout}{run.stderr}")
-    return parse(source.name, run.stdout + run.stderr)
+    words = run.stdout + run.stderr
+    if run.returncode != 0 or _SERIALIZED.search(words):
+        raise RuntimeError(f"{source.name} for sm_{arch}:\n{words}")
+    return parse(source.name, words)
 
 
 def demangled(names: list[str]) -> list[str]:

@@ -49,9 +49,13 @@ struct Params {
 
 constexpr int kWarpsPerGroup = kWarpgroup / kWarp;
 
-// Registers a thread: 168 at launch, which is 65536 / 384; the producer needs next to none.
+// Registers a thread: 168 at launch, which is 65536 / 384 in whole eights; the producer needs next
+// to none, and what it gives up is all that the others can get.
 constexpr int kProducerRegisters = 40, kMultiplierRegisters = 232;
-static_assert(kWarpgroup * (kProducerRegisters + 2 * kMultiplierRegisters) <= 65536);
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+static_assert(kWarpgroup * (kProducerRegisters + 2 * kMultiplierRegisters) <=
+                  kThreads * kLaunchRegisters,
+              "a warpgroup would wait for registers for ever");
 
 // Tiles go down groups of so many rows of tiles, then on to the next classes: the tiles under way
 // at a time share few rows of x and few of w, and stay in the L2.

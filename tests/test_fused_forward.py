@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chunks import fixed_arguments
 from lsoftmax import functional
 from problems import Problem, problem, relative_error
 
@@ -34,7 +35,8 @@ def both_ways(
     return p.loss(**options), apart
 
 
-SMALL = [(70, 64, 300), (70, 64, 37), (1, 64, 10), (129, 136, 257)]
+# Of 8 and 16 features a stage has but these: its other columns are outside of the matrices.
+SMALL = [(70, 64, 300), (70, 64, 37), (1, 64, 10), (129, 136, 257), (33, 8, 300), (129, 16, 257)]
 LARGE = [(300, 512, 5000), (2000, 512, 20_000), (5000, 64, 1000), (128, 2048, 1003)]  # on a GPU
 
 
@@ -64,6 +66,29 @@ def test_the_op_takes_it_when_asked(
         for ours, other, true in zip(fused[1:], apart[1:], truth[1:], strict=True):
             bound = max(2 * relative_error(other, true), 4e-3)
             assert relative_error(ours, true) <= bound
+
+
+@pytest.mark.parametrize("shape", [*SMALL, (400, 64, 700), (2180, 200, 3001)], ids=str)
+@pytest.mark.usefixtures("hopper")
+def test_every_exponential(shape: tuple[int, int, int], device: str, monkeypatch) -> None:
+    """One by one: a piece of a tile in a wrong place is little in the norm of a gradient.
+
+    Logits are sums of small integers over 64: exact, however the tensor cores round.
+    """
+    n, d, c = shape
+    x, w = (torch.randint(-4, 5, (rows, d)).to(device).bfloat16() / 8 for rows in (n, c))
+    p = Problem(x, w, torch.randint(c, (n,)).to(device))
+    p.y[3::5] = IGNORED
+    monkeypatch.setenv("LSOFTMAX_FUSED_FORWARD", "1")
+    _, e, rows, *_ = torch.ops.lsoftmax.loss_fwd(*fixed_arguments(p, ignore_index=IGNORED), True, 0)
+    kept = p.y != IGNORED
+    truth = torch.exp(x.double() @ w.double().t() - rows[4].double()[:, None])
+    truth[kept, p.y[kept]] = 0
+    truth[~kept] = 0
+    # Half a unit in the last place of bfloat16, and float32's errors of an exponential.
+    assert ((e[:, :c].double() - truth).abs() <= truth * (2**-8 + 2**-18) + 2e-38).all()
+    assert e.dtype == torch.bfloat16
+    assert (e[:, c:] == 0).all()
 
 
 @pytest.mark.usefixtures("hopper")
