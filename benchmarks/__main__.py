@@ -115,10 +115,18 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
+def device_with(threads: int, name: str) -> torch.device:
+    """The device, which is the current one from now on, as events, streams and peaks want it."""
+    torch.set_num_threads(threads)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def started(settings: Settings, arguments: Sequence[str]) -> dict:
     """A new result, without rows."""
-    torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
+    device = device_with(settings.threads, settings.device)
     return {
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
         "complete": False,
@@ -132,8 +140,8 @@ def started(settings: Settings, arguments: Sequence[str]) -> dict:
 def resumed(path: Path) -> dict:
     """An interrupted result, as far as its cases are whole. SystemExit on another machine."""
     result = results.load(path)
-    torch.set_num_threads(result["settings"]["threads"])
-    here = machine.describe(torch.device(result["settings"]["device"]))
+    settings = result["settings"]
+    here = machine.describe(device_with(settings["threads"], settings["device"]))
     other = machine.same_machine(result["machine"], here)
     if other:
         facts = ", ".join(f"{fact}: {result['machine'][fact]}, now {here[fact]}" for fact in other)

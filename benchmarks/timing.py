@@ -68,9 +68,13 @@ def graphed(function: Function) -> Function:
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # torch leaves the capture's where it cannot end one
+        raise
     return graph.replay
 
 

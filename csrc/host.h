@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -46,22 +47,6 @@ struct Scope {
   cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
 };
 
-inline void check_matrices(const Tensor& input, const Tensor& linear_weight, const Tensor& target) {
-  TORCH_CHECK(input.dim() == 2, "input: expected shape (N, D), got ", input.sizes());
-  TORCH_CHECK(linear_weight.dim() == 2 && linear_weight.size(0) > 0,
-              "linear_weight: expected shape (C, D) with C >= 1, got ", linear_weight.sizes());
-  CHECK_SHAPE(linear_weight, {linear_weight.size(0), input.size(1)});
-  CHECK_SHAPE(target, {input.size(0)});
-  CHECK_LIKE(linear_weight, input, input.scalar_type());
-  CHECK_LIKE(target, input, at::kLong);
-}
-
-inline void check_margin(int64_t margin, const Tensor& lam, const Tensor& input) {
-  TORCH_CHECK(margin >= 1 && margin <= INT32_MAX, "margin: expected >= 1, got ", margin);
-  CHECK_SHAPE(lam, {});
-  CHECK_LIKE(lam, input, at::kFloat);
-}
-
 // Calls f with a value of the input's type.
 template <typename F>
 void for_type(const Tensor& input, F f) {
@@ -80,15 +65,35 @@ void for_type(const Tensor& input, F f) {
   }
 }
 
+inline void check_matrices(const Tensor& input, const Tensor& linear_weight, const Tensor& target) {
+  TORCH_CHECK(input.dim() == 2, "input: expected shape (N, D), got ", input.sizes());
+  TORCH_CHECK(linear_weight.dim() == 2 && linear_weight.size(0) > 0,
+              "linear_weight: expected shape (C, D) with C >= 1, got ", linear_weight.sizes());
+  for_type(input, [](auto) {});  // before a library finds words of its own
+  CHECK_SHAPE(linear_weight, {linear_weight.size(0), input.size(1)});
+  CHECK_SHAPE(target, {input.size(0)});
+  CHECK_LIKE(linear_weight, input, input.scalar_type());
+  CHECK_LIKE(target, input, at::kLong);
+}
+
+inline void check_margin(int64_t margin, const Tensor& lam, const Tensor& input) {
+  TORCH_CHECK(margin >= 1 && margin <= INT32_MAX, "margin: expected >= 1, got ", margin);
+  CHECK_SHAPE(lam, {});
+  CHECK_LIKE(lam, input, at::kFloat);
+}
+
 // out = a b, or out += a b, accumulated and left in the type of `out`, which may be wider than that
 // of the factors: a logit rounded to 16 bits is lost, and so is a gradient summed over chunks.
 //
 // cuBLAS adds to a float32 matrix from 16-bit factors; of torch's ways to it, addmm with out_dtype
 // wants its summand in 16 bits up to torch 2.9, and baddbmm of one matrix never did. Where out is
-// the summand, every version adds in place.
+// the summand, every version adds in place. The CPU (the kernels' emulation) has no such products,
+// and torch refuses them where a user lets cuBLAS add in float16: these get wider factors.
 inline void matmul(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
   const auto type = out.scalar_type();
-  if (a.scalar_type() != type && !a.is_cuda()) {  // the CPU (the kernels' emulation) has no such
+  const bool mixed = a.is_cuda() && !(a.scalar_type() == at::kHalf &&
+                                      at::globalContext().allowFP16AccumulationCuBLAS());
+  if (a.scalar_type() != type && !mixed) {
     matmul(std::move(out), a.to(type), b.to(type), add);
   } else if (a.scalar_type() == type) {
     add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);

@@ -198,8 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)
     device = device_of_process()
-    # No backend by name: NCCL for GPUs and gloo beside it, by which the host is not kept waiting.
-    dist.init_process_group(timeout=timedelta(seconds=args.timeout))
+    # With gloo beside NCCL the host need not wait for the GPU to know the size of a batch.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
     rank, processes = dist.get_rank(), dist.get_world_size()
     settings = (args.labelled.to(device), args.epochs, args.seed, device)
 

@@ -65,7 +65,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         seed: of the samples, alike on all processes. What was drawn is counted in ``state_dict()``.
         max_local_batch: the largest batch of any process, where it is known: the processes then
             need not tell each other theirs, every step, before anything else can begin. (They do
-            so on the host where the group has a CPU backend, as the default group has; a group
+            so on the host where the group has a CPU backend, as "cpu:gloo,cuda:nccl" has; a group
             with nothing but NCCL waits for the device.) Every batch is padded to it, and the
             gradient of the features is computed even where no process wants it.
         averaged: see above.
@@ -82,7 +82,8 @@ class ClassParallelLSoftmaxLoss(_Annealed):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
-        RuntimeError: ``torch.distributed`` is not initialised, or another process has failed.
+        RuntimeError: ``torch.distributed`` is not initialised, or another process has failed (with
+            NCCL torch ends this one instead).
         IndexError: a target outside [0, C), on a CPU, on every process; on CUDA the loss is NaN.
 
     Example:

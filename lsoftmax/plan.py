@@ -109,11 +109,15 @@ def _free_cuda_memory(device: torch.device) -> int:
         half = torch.cuda.get_device_properties(device).total_memory // 2
         return _last_free.get(device, half)
     free, _ = torch.cuda.mem_get_info(device)
-    # Once: memory_reserved and memory_allocated would each flatten and sort all of this.
-    stats = torch.cuda.memory_stats_as_nested_dict(device)
-    reserved, allocated = (stats[f"{kind}_bytes"]["all"] for kind in ("reserved", "allocated"))
-    _last_free[device] = free + reserved["current"] - allocated["current"]
-    return _last_free[device]
+    try:
+        # Once: memory_reserved and memory_allocated would each flatten and sort all of this.
+        stats = torch.cuda.memory_stats_as_nested_dict(device)
+        reserved, allocated = (stats[f"{kind}_bytes"]["all"] for kind in ("reserved", "allocated"))
+        free += reserved["current"] - allocated["current"]
+    except RuntimeError:  # an allocator that is not torch's keeps no such books
+        pass
+    _last_free[device] = free
+    return free
 
 
 # torch.compiler.assume_constant_result, whose only other effect is that it imports torch._dynamo:

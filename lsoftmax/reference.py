@@ -119,7 +119,9 @@ def _target_logit(
     input: Tensor, linear_weight: Tensor, target: Tensor, margin: int, lam: float | Tensor
 ) -> Tensor:
     """f, the shape of ``target``, in float64: psi magnifies an error of the cosine by up to m^2."""
-    lam = torch.as_tensor(lam, dtype=torch.float32, device=input.device).double()
+    if not isinstance(lam, Tensor):  # filled in, not copied: a copy would wait for the device
+        lam = torch.full((), lam, dtype=torch.float32, device=input.device)
+    lam = lam.to(input.device, torch.float32).double()
     x, w = input.double(), F.embedding(target, linear_weight).double()  # [] does not vmap
     a, a_is_zero = _norm(x)
     b, b_is_zero = _norm(w)

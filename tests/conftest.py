@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         # Trainings are compared to the bit, and convolutions with those of float32.
         torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if not torch.cuda.is_available():
             raise pytest.UsageError("--backend cuda: torch sees no GPU")
         if not lsoftmax.cuda_available():
