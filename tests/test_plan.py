@@ -56,6 +56,17 @@ def test_a_capture_goes_the_way_of_the_steps_before_it(monkeypatch: pytest.Monke
     assert planning.free_memory(device) == 52 * gb
 
 
+def test_an_allocator_that_keeps_no_books(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats")
+
+    monkeypatch.setattr(planning, "_last_free", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", refuse)
+    assert planning.free_memory(torch.device("cuda", 0)) == 50
+
+
 @pytest.mark.parametrize("free", [1 << 30, 16 << 30, 130 << 30])
 def test_automatic_choice_keeps_to_a_quarter_of_what_is_free(
     free: int, monkeypatch: pytest.MonkeyPatch
