@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from benchmarks.providers import (
     PRODUCTS,
     PROVIDERS,
     REFERENCE,
+    FusedForward,
     Regime,
     regime_of,
 )
@@ -199,3 +201,24 @@ def test_one_that_fails_only_when_timed():
     assert (rows["late"]["status"], rows["late"]["note"]) == ("failed", "too late")
     assert rows["late"]["forward_backward"] is None
     assert rows[OURS.name]["forward_backward"]["samples"] > 1
+
+
+@pytest.mark.parametrize("before", [None, "yes"])
+def test_the_fused_forward_is_asked_for_by_its_calls_alone(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, seen = FusedForward.switch, []
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+
+    def lsoftmax_loss(*_: object) -> torch.Tensor:
+        seen.append(os.environ[name])
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(functional, "lsoftmax_loss", lsoftmax_loss)
+    p = problem(4, 3, 5)
+    with pytest.raises(RuntimeError, match="memory"):
+        FusedForward().loss(p.x, p.w, p.y, 2, 0.0)
+    assert seen == ["1"]
+    assert os.environ.get(name) == before

@@ -80,6 +80,15 @@ class Interrupting(Function):
 # ---- files --------------------------------------------------------------------------------------
 
 
+def test_the_device_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events, streams and peaks of memory are the current one's, whatever --device says."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert command.device_with(torch.get_num_threads(), name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
+
+
 def test_committed_results_follow_the_schema():
     assert FILES
     for path in FILES:
