@@ -120,7 +120,7 @@ def _target_logit(
 ) -> Tensor:
     """f, the shape of ``target``, in float64: psi magnifies an error of the cosine by up to m^2."""
     if not isinstance(lam, Tensor):  # filled in, not copied: a copy would wait for the device
-        lam = torch.full((), lam, dtype=torch.float32, device=input.device)
+        lam = torch.full((), float(lam), dtype=torch.float32, device=input.device)
     lam = lam.to(input.device, torch.float32).double()
     x, w = input.double(), F.embedding(target, linear_weight).double()  # [] does not vmap
     a, a_is_zero = _norm(x)
