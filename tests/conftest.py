@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if backend == "cuda":
         import lsoftmax
 
-        # Trainings are compared to the bit, and convolutions with those of float32.
+        # Trainings are compared to the bit, convolutions and products with those of float32.
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if not torch.cuda.is_available():
