@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lsoftmax import functional, reference
+from lsoftmax import plan as planning
 from lsoftmax.plan import Plan
 
 from .floors import REGIMES
@@ -32,6 +36,17 @@ class Function(Provider):
         self.name, self.loss, self.arrays = name, loss, arrays
 
 
+@contextmanager
+def by_memory_alone() -> Iterator[None]:
+    """Within, the budget alone decides on the regime: a CPU takes chunks of what would fit, too."""
+    before = planning._KEPT_BY_MALLOC
+    planning._KEPT_BY_MALLOC = sys.maxsize
+    try:
+        yield
+    finally:
+        planning._KEPT_BY_MALLOC = before
+
+
 class Regime(Provider):
     """Ours, forced into one of its ways round the N x C logits by a memory budget."""
 
@@ -41,8 +56,9 @@ class Regime(Provider):
     def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
         budget = self.budget(x, w)
         loss = partial(functional.lsoftmax_loss, x, w, y, margin, lam, memory_budget=budget)
-        return Bound(loss, (x, w))
+        return Bound(by_memory_alone()(loss), (x, w))
 
+    @by_memory_alone()
     def budget(self, x: Tensor, w: Tensor) -> int:
         """The largest, in steps of a fifth, that leads to the regime in training."""
         x = x.detach().requires_grad_()

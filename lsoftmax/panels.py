@@ -22,6 +22,9 @@ from .margin import Vector, accumulate_type, column_of, namespace, vector
 _PANEL_LOGITS = 1 << 19
 _LEAST_CLASSES = 512
 
+# Columns that a panel is a multiple of, so that its rows begin where a cache line does.
+_COLUMNS = 64
+
 # So few logits that numpy, on one core, is done before torch has called its threads.
 _FEW_LOGITS = 1 << 14
 
@@ -41,7 +44,8 @@ def panels(
     n, num_classes = x.shape[0], w.shape[0]
     width = min(num_classes, class_chunk or num_classes)
     if x.device.type == "cpu":
-        width = min(width, max(_LEAST_CLASSES, _PANEL_LOGITS // max(1, n)))
+        columns = _PANEL_LOGITS // max(1, n) // _COLUMNS * _COLUMNS
+        width = min(width, max(_LEAST_CLASSES, columns))
     buffer = x.new_empty(n * width if out is None else 0)
     for start in range(0, num_classes, width):
         classes = slice(start, min(start + width, num_classes))

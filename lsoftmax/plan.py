@@ -24,6 +24,13 @@ _SHARE = 4
 # classes do a third more flops, whatever their size.
 _LEAST_ROWS = {"cuda": 2048, "cpu": 256}
 
+# Bytes of the largest array that glibc's malloc keeps for the next one. A larger one a CPU gets
+# from the system in each step, which clears every page of it: so chunks of rows pay there, though
+# all would fit. They take half as much, to be kept, but no fewer rows than make what they add to
+# dW cheaper than the pages; about one a feature is break-even.
+_KEPT_BY_MALLOC = 1 << 25
+_ROWS_PER_FEATURE = 2
+
 # Classes a chunk has at least, and a multiple of: whole 16-byte packs in every type.
 _LEAST_CLASSES = 8
 
@@ -68,13 +75,20 @@ def choose(
     whole = n * num_classes * size
     if memory_budget is None:
         memory_budget = _LITTLE if whole <= _LITTLE else free_memory(device) // _SHARE
+    if scalar and needs_grad:
+        sums = 4 * (n + num_classes) * d  # of dX and dW, in float32
+        rows = (memory_budget - sums) // (num_classes * size)
+        least = _LEAST_ROWS.get(device.type, n)
+        chunked = whole > memory_budget
+        if device.type == "cpu" and whole > _KEPT_BY_MALLOC:
+            best = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // (num_classes * size))
+            rows = min(rows, best)
+            chunked = chunked or n >= 2 * best
+        if chunked and rows >= least:
+            rows = _even(n, rows, 1)
+            return Plan(0, rows, rows * num_classes * size + sums)
     if whole <= memory_budget:
         return Plan(0, 0, whole)
-    sums = 4 * (n + num_classes) * d  # of dX and dW, in float32
-    rows = (memory_budget - sums) // (num_classes * size)
-    if scalar and needs_grad and rows >= _LEAST_ROWS.get(device.type, n):
-        rows = _even(n, rows, 1)
-        return Plan(0, rows, rows * num_classes * size + sums)
     classes = max(_LEAST_CLASSES, memory_budget // (n * size))
     classes = _even(num_classes, classes, _LEAST_CLASSES)
     return Plan(classes, 0, classes * n * size)

@@ -75,10 +75,18 @@ def test_every_provider_is_right_or_says_why_not(dtype, margin):
 
 
 def test_each_regime_is_forced():
-    x, w, _ = cases.draw(Case(512, 8, 2000, "float32", 2), CPU)
-    for regime in floors.REGIMES:
-        budget = Regime(regime).budget(x, w)
-        assert regime_of(functional.plan(x, w, memory_budget=budget)) == regime
+    """Also where a CPU takes chunks whatever the budget is: 33 MB of logits."""
+    x, w, y = cases.draw(Case(512, 8, 16_400, "float32", 2), CPU)
+    chosen = []
+    choose = functional.choose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            functional, "choose", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1]
+        )
+        for regime in floors.REGIMES:
+            Regime(regime).bind(x, w, y, 2, 1.0).loss()
+            assert regime_of(chosen[-1]) == regime
+    assert regime_of(functional.plan(x, w, memory_budget=2**62)) == "row chunks"
     with pytest.raises(UnsupportedError, match="leads to row chunks"):
         Regime("row chunks").budget(x[:3], w)
 

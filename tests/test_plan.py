@@ -88,6 +88,25 @@ def test_rows_only_where_they_pay() -> None:
     assert chosen(16_384, 512, 100_000, memory_budget=1 << 30).class_chunk > 0
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((512, 64, 16_384), 0),  # 32 MB, which malloc keeps
+        ((512, 64, 16_385), 256),
+        ((511, 64, 100_000), 0),  # no two chunks
+        ((512, 129, 100_000), 0),  # of two rows a feature
+        ((4096, 512, 10_000), 1024),
+        ((65_536, 64, 1000), 4096),  # 16 MB
+    ],
+)
+def test_a_cpu_chunks_what_malloc_would_not_keep(shape: tuple[int, int, int], rows: int) -> None:
+    options = {"dtype": torch.float32, "memory_budget": 1 << 40}
+    assert chosen(*shape, CPU, **options)[:2] == (0, rows)
+    assert chosen(*shape, CPU, **options, scalar=False)[:2] == (0, 0)
+    assert chosen(*shape, CPU, **options, needs_grad=False)[:2] == (0, 0)
+    assert chosen(*shape, CUDA, **options)[:2] == (0, 0)
+
+
 @pytest.mark.parametrize("budget", [1, 10**4, 10**6, 10**8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_chunks_keep_to_the_budget_and_are_alike(budget: int, dtype: torch.dtype) -> None:
@@ -173,9 +192,9 @@ def test_peak_memory_of_a_million_classes() -> None:
 
 def test_out_of_memory_says_what_to_do() -> None:
     """64 TB of logits cannot be had; nothing is changed, and a budget is named."""
-    x = torch.randn(1, 1).expand(1 << 20, 1).requires_grad_()
-    w = torch.randn(1, 1).expand(1 << 24, 1)
-    y = torch.zeros(1 << 20, dtype=torch.int64)
-    with pytest.raises(torch.OutOfMemoryError, match=r"\(1048576, 1\).*memory_budget=\d+"):
+    x = torch.randn(1, 1).expand(256, 1).requires_grad_()  # too few rows for chunks of them
+    w = torch.randn(1, 1).expand(1 << 36, 1)
+    y = torch.zeros(256, dtype=torch.int64)
+    with pytest.raises(torch.OutOfMemoryError, match=r"\(256, 1\).*memory_budget=\d+"):
         functional.lsoftmax_loss(x, w, y, memory_budget=1 << 60)
     assert x.grad is None
