@@ -84,8 +84,8 @@ def lsoftmax_loss(
         ignore_index: the target whose rows count for nothing.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         memory_budget: bytes that what is N x C may take; None: a quarter of the memory that is free
-            when it is more than 64 MB. Where it is not enough the loss is computed in chunks
-            (:func:`lsoftmax.functional.plan` says how). The last bits of the result depend on the
+            when it is more than 64 MB. Where it is not enough, or a CPU is faster so, the loss is
+            computed in chunks (:func:`lsoftmax.functional.plan` says how). The last bits of the result depend on the
             chunks: give a budget where they must repeat on a machine with other things to do.
 
     Returns:
