@@ -37,8 +37,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def committed() -> list[Path]:
-    """The files that the report is made of."""
-    return sorted(RESULTS.glob("*.json"))
+    """The files that the report is made of: a device's, then what else was measured on it."""
+    return sorted(RESULTS.glob("*.json"), key=lambda path: path.stem)
 
 
 def cases(result: dict) -> list[Case]:

@@ -85,8 +85,9 @@ def lsoftmax_loss(
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         memory_budget: bytes that what is N x C may take; None: a quarter of the memory that is free
             when it is more than 64 MB. Where it is not enough, or a CPU is faster so, the loss is
-            computed in chunks (:func:`lsoftmax.functional.plan` says how). The last bits of the result depend on the
-            chunks: give a budget where they must repeat on a machine with other things to do.
+            computed in chunks (:func:`lsoftmax.functional.plan` says how). The last bits of the
+            result depend on the chunks: give a budget where they must repeat on a machine with
+            other things to do.
 
     Returns:
         The loss, float32 (float64 for float64 input): scalar, or the shape of ``target`` for
