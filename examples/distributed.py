@@ -206,16 +206,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     together = Run(*settings, rank, processes)
     together.train(args.checkpoints, shown=rank == 0)
-    error, w = together.test_error(), together.class_vectors()
+    error, w = together.test_error(), together.class_vectors().cpu()
+    dist.barrier()
+    dist.destroy_process_group()  # before one trains alone: the others would wait, and not for ever
     if rank == 0:
         print(f"{processes} processes: test error {error:.2f}%", flush=True)
         alone = Run(*settings, 0, 1)
         alone.train(None, shown=True)
         print(f"one process: test error {alone.test_error():.2f}%")
-        difference = (alone.class_vectors() - w).abs().max().item()
+        difference = (alone.class_vectors().cpu() - w).abs().max().item()
         print(f"Largest difference of an element of W: {difference:.1g}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
