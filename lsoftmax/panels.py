@@ -22,7 +22,7 @@ from .margin import Vector, accumulate_type, column_of, namespace, vector
 _PANEL_LOGITS = 1 << 19
 _LEAST_CLASSES = 512
 
-# Columns that a panel is a multiple of, so that its rows begin where a cache line does.
+# What the width of a panel is a multiple of: whole cache lines. Some % where N is no power of two.
 _COLUMNS = 64
 
 # So few logits that numpy, on one core, is done before torch has called its threads.

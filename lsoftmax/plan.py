@@ -75,16 +75,15 @@ def choose(
     whole = n * num_classes * size
     if memory_budget is None:
         memory_budget = _LITTLE if whole <= _LITTLE else free_memory(device) // _SHARE
-    if scalar and needs_grad:
+    chunked, most = whole > memory_budget, n
+    least = _LEAST_ROWS.get(device.type, n)
+    if device.type == "cpu" and whole > _KEPT_BY_MALLOC:
+        most = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // (num_classes * size))
+        chunked = chunked or n >= 2 * most
+    if chunked and scalar and needs_grad:
         sums = 4 * (n + num_classes) * d  # of dX and dW, in float32
-        rows = (memory_budget - sums) // (num_classes * size)
-        least = _LEAST_ROWS.get(device.type, n)
-        chunked = whole > memory_budget
-        if device.type == "cpu" and whole > _KEPT_BY_MALLOC:
-            best = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // (num_classes * size))
-            rows = min(rows, best)
-            chunked = chunked or n >= 2 * best
-        if chunked and rows >= least:
+        rows = min(most, (memory_budget - sums) // (num_classes * size))
+        if rows >= least:
             rows = _even(n, rows, 1)
             return Plan(0, rows, rows * num_classes * size + sums)
     if whole <= memory_budget:
