@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What there is to see on a GPU, for `make gpu-check`: tests, a quick benchmark, compute-sanitizer.
+# What there is to see on a GPU, for `make gpu-check`: tests, compute-sanitizer, a quick benchmark.
 #
 #     tests/gpu_check.sh PYTHON FOLDER DEADLINE
 #
-# Time on a GPU is scarce: all steps run, whatever the first ones find; each has a limit in seconds,
-# and the last ones end some seconds after DEADLINE (since 1970). All that is to be kept lies in FOLDER.
-# Variables: PYTEST_ARGS, CUDA_HOME.
+# Time on a GPU is scarce: everything runs, whatever the first parts find; each has a limit in
+# seconds, and the last ends some seconds after DEADLINE (since 1970). All that is to be kept lies in
+# FOLDER. Variables: PYTEST_ARGS, CUDA_HOME.
 set -uo pipefail
-python=$1 folder=$2 deadline=$3
+python=$1 folder=$2 end=$3
 cd "$(dirname "$0")"
-failed=()
+failed=$folder/failed.txt
+: >"$failed"
 eval "pytest_args=(${PYTEST_ARGS:-})"  # with the quotes in it
 
 # Interrupted rather than killed, pytest still says what it has found.
@@ -18,74 +19,80 @@ limited() {
   shift
   if [ "$left" -lt "$limit" ]; then limit=$((left > 1 ? left : 1)); fi
   timeout -s INT -k 10 "$limit" "$@"
-  local status=$?
-  [ "$status" = 5 ] && [ -n "${PYTEST_ARGS:-}" ] && return  # pytest: no such test, as was asked
-  return "$status"
 }
 
 step() {
   echo
   echo "== ${*:2} (at most $1 s)"
-  limited "$@" && return
-  failed+=("${*:2}")
-  return 1
+  limited "$@" || echo "${*:2}" >>"$failed"
+}
+
+# Tests and tools run side by side: each keeps a core busy rather than the GPU. In processes of their
+# own, what hangs, or has a fault after which the GPU answers no more, costs no other its time.
+slots=$(nproc)
+side() {
+  local name=$1 log=$folder/$1.txt
+  while [ "$(jobs -rp | wc -l)" -ge "$slots" ]; do wait -n; done
+  {
+    "${@:2}" >"$log" 2>&1 || echo "$name, see $log" >>"$failed"
+    echo "$name: $(tail -n 1 "$log")"
+  } &
 }
 
 gpu_tests() {
-  step "$1" "$python" -m pytest --backend cuda "${pytest_args[@]}" "${@:2}"
+  limited 200 "$python" -m pytest --backend cuda "${pytest_args[@]}" "$@"
 }
 
 sanitizer=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
 [ -x "$sanitizer" ] || sanitizer=compute-sanitizer
+smoke=$(grep -l sanitizer_smoke test_*.py)
 # Of our kernels alone, which is faster, and without what libraries ask the driver to see whether it
 # can. Not so initcheck: it must see cuBLAS write what our kernels read, and what it says of cuBLAS
 # itself does not count.
 sanitize() {
-  local tool=$1 selected=$2 log=$3
-  local options=(--target-processes application-only)
+  local tool=$1 selected=$2 options=(--target-processes application-only) report
   case $tool in
     initcheck) options+=(--print-limit 100000) ;;
     memcheck) options+=(--report-api-errors no) ;&
     *) options+=(--kernel-name kernel_substring=lsoftmax --error-exitcode 1) ;;
   esac
+  report=$(mktemp)
   # Without torch's caching of memory, memcheck sees where each tensor ends.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 120 "$sanitizer" --tool "$tool" "${options[@]}" \
-    "$python" -m pytest --backend cuda -k "$selected" >"$log" 2>&1 || return
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 200 "$sanitizer" --tool "$tool" "${options[@]}" \
+    "$python" -m pytest --backend cuda $smoke -k "sanitizer_smoke and $selected" >"$report" 2>&1
+  local status=$?
+  head -c 1000000 "$report"  # initcheck can fill a disk
+  tail -n 1 "$report"
+  [ "$status" = 0 ] || return
   # Not -q, which stops reading: the first grep would fail for it.
   if [ "$tool" = initcheck ]; then
     # By name, or where code was inlined by file.
-    ! grep -E '^=+ +(at|Device Frame:).*(lsoftmax|/csrc/)' "$log" >/dev/null
+    ! grep -E '^=+ +(at|Device Frame:).*(lsoftmax|/csrc/)' "$report" >/dev/null
   fi
 }
 
-# The tools side by side: each keeps a core busy rather than the GPU.
-sanitizers() {
-  local name=$1 selected=$2 tools=(memcheck racecheck synccheck initcheck) jobs=() i log
-  echo
-  echo "== compute-sanitizer, tests of '$selected' (at most 120 s)"
-  for i in "${!tools[@]}"; do
-    sanitize "${tools[i]}" "$selected" "$folder/$name-${tools[i]}.txt" &
-    jobs[i]=$!
-  done
-  for i in "${!tools[@]}"; do
-    log=$folder/$name-${tools[i]}.txt
-    wait "${jobs[i]}" || failed+=("compute-sanitizer, see $log")
-    echo "${tools[i]}: $(tail -n 1 "$log")"
-  done
-}
-
+deadline=$((end - 150))  # what the benchmark at the end has, which wants the machine to itself
 step 20 nvidia-smi
 step 60 "$python" -m lsoftmax
-# Hand-written assembly that hangs must not cost the other tests their time.
-gpu_tests 240 --ignore=test_fused_forward.py
-gpu_tests 60 test_fused_forward.py || export LSOFTMAX_FUSED_FORWARD=0  # nor the benchmarks
-step 150 env -C .. "$python" -m benchmarks --quick --output "$folder/benchmark.json"
-sanitizers sanitized "sanitizer_smoke and not hopper"
-sanitizers sanitized-hopper "sanitizer_smoke and hopper"
 echo
-if [ ${#failed[@]} -gt 0 ]; then
-  printf 'FAILED:\n'
-  printf '  %s\n' "${failed[@]}"
+for tool in memcheck racecheck synccheck initcheck; do
+  side "$tool" sanitize "$tool" "not hopper"
+  side "$tool-hopper" sanitize "$tool" hopper
+done
+# Files with the most tests first.
+files=$(gpu_tests --collect-only -q | grep -o 'test_[a-z_]*\.py::' | uniq -c | sort -rn)
+[ -n "$files" ] || echo "no tests" >>"$failed"
+for file in $(cut -d: -f1 <<<"$files" | sed 's/.* //'); do
+  side "${file%.py}" gpu_tests "$file"
+done
+wait
+grep -q '^test_fused_forward,' "$failed" && export LSOFTMAX_FUSED_FORWARD=0  # nor the benchmarks
+deadline=$end
+step 150 env -C .. "$python" -m benchmarks --quick --output "$folder/benchmark.json"
+echo
+if [ -s "$failed" ]; then
+  echo "FAILED:"
+  sed 's/^/  /' "$failed"
   exit 1
 fi
 echo "All passed."
