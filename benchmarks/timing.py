@@ -75,7 +75,11 @@ def graphed(function: Function) -> Function:
     except RuntimeError:
         torch.cuda.set_stream(stream)  # torch leaves the capture's where it cannot end one
         raise
-    return graph.replay
+
+    def replay(function: Function = function) -> None:  # whose tensors the graph reads
+        graph.replay()
+
+    return replay
 
 
 def interleaved(

@@ -2,7 +2,8 @@
 //
 // Forward keeps running sums of each row and no exponentials; backward makes them again, chunk by
 // chunk, which is one product more (8 N C D flops in all). Each slice of dW is written once; dX is
-// summed over the chunks in float32, whatever the type of the features.
+// summed over the chunks in float32, whatever the type of the features. Where one kernel makes
+// exponentials out of features, forward needs no chunks, and backward's hold no logits.
 
 #include "loss.h"
 
@@ -12,6 +13,7 @@ void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_
                           const Rows& rows, cudaStream_t stream) {
   const int64_t n = loss.n(), c = loss.c(), chunk = std::min(class_chunk, c);
   if (n == 0) return;
+  if (can_fuse_forward(loss)) return fused_forward(loss, margin, Tensor(), rows, stream);
   const Panel panel = make_panel(loss, n, padded(chunk), /*keep_e=*/false);
   const Tensor state =
       chunk < c ? at::empty({7, n}, loss.x.options().dtype(at::kDouble)) : Tensor();
@@ -24,6 +26,7 @@ void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_
 
 namespace {
 
+// The exponentials of a chunk, out of panel.z.
 void exponentials(const Loss& loss, const Tensor& rows, const Tensor& reference, const Panel& panel,
                   int64_t first_class, int64_t width, cudaStream_t stream) {
   for_type(loss.x, [&](auto zero) {
@@ -55,7 +58,11 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream
   const int64_t n = loss.n(), d = loss.d(), c = loss.c(), chunk = std::min(class_chunk, c);
   const int64_t e_rows = loss.e_rows(n);
   const Tensor &x = loss.x, &w = loss.w;
-  const Panel panel = make_panel(loss, n, padded(chunk), /*keep_e=*/true);
+  const bool fused = can_fuse_forward(loss);
+  const Panel panel =
+      fused ? Panel{Tensor(), allocate("the exponentials", {n, padded(chunk)}, loss.e_options())}
+            : make_panel(loss, n, padded(chunk), /*keep_e=*/true);
+  const Tensor binary_reference = fused ? in_units_of_log2(reference, stream) : Tensor();
   const auto e_type = panel.e.scalar_type();
   Tensor dx, dw, product, slice;
   if (need_input) product = allocate("a product", {e_rows, d}, loss.wide());
@@ -67,8 +74,12 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream
 
   for (int64_t first = 0; first < c; first += chunk) {
     const int64_t width = std::min(chunk, c - first);
-    make_logits(loss, panel, first, width);
-    exponentials(loss, rows, reference, panel, first, width, stream);
+    if (fused) {
+      fused_exponentials(loss, binary_reference, panel.e, first, width, stream);
+    } else {
+      make_logits(loss, panel, first, width);
+      exponentials(loss, rows, reference, panel, first, width, stream);
+    }
     const Tensor e = corner(panel.e, e_rows, width);
     if (need_input) matmul(product, e, w.narrow(0, first, width).to(e_type), /*add=*/first > 0);
     if (!need_weight) continue;

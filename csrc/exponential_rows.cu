@@ -138,12 +138,26 @@ __global__ void __launch_bounds__(kMaxThreads) exponential_rows_kernel(Exponenti
   p.rows[4 * p.n + i] = static_cast<float>(r);
 }
 
+__global__ void __launch_bounds__(kMaxThreads) binary_reference_kernel(BinaryReference p) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= p.n) return;
+  const double units = static_cast<double>(p.reference[i]) / kLog2, whole = rint(units);
+  const bool rounded = static_cast<float>(whole * kLog2) == p.reference[i];
+  p.binary[i] = static_cast<float>(rounded ? whole : units);
+}
+
 }  // namespace
 
 cudaError_t launch_row_reference(const RowReference& params, cudaStream_t stream) {
   if (params.n == 0) return cudaSuccess;
   const int64_t longer = params.d > params.p ? params.d : params.p;
   return launch(row_reference_kernel, params.n, threads_for(longer), stream, params);
+}
+
+cudaError_t launch_binary_reference(const BinaryReference& params, cudaStream_t stream) {
+  if (params.n == 0) return cudaSuccess;
+  const int64_t blocks = (params.n + kRowThreads - 1) / kRowThreads;
+  return launch(binary_reference_kernel, blocks, kRowThreads, stream, params);
 }
 
 cudaError_t launch_exponential_rows(const ExponentialRows& params, cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// The forward pass in one kernel, for bfloat16 on Hopper: see hopper.h. Off unless the environment
-// variable LSOFTMAX_FUSED_FORWARD is 1, until the benchmark has shown it ahead on a GPU.
+// The forward pass in one kernel, for bfloat16 on Hopper: see hopper.h. The environment variable
+// LSOFTMAX_FUSED_FORWARD overrules the choice by size: 0 is never, 1 wherever it can be.
 
 #include <cstdlib>
 #include <cstring>
@@ -13,9 +13,15 @@ namespace {
 // Classes whose logits find each row's reference.
 constexpr int64_t kPilotClasses = 256;
 
-bool switched_on() {
+// Tiles that keep a device busy. On an H200 (benchmarks/results) 80 took as long as the product and
+// the row pass, 3128 a quarter less; 4, each a long product by itself, three times as long.
+constexpr int64_t kLeastTiles = 128;
+
+bool wanted(const Loss& loss) {
   const char* value = std::getenv("LSOFTMAX_FUSED_FORWARD");
-  return value != nullptr && std::strcmp(value, "1") == 0;
+  if (value != nullptr && std::strcmp(value, "0") == 0) return false;
+  if (value != nullptr && std::strcmp(value, "1") == 0) return true;
+  return loss.c() > kPilotClasses && tiles(loss.n(), loss.c()) >= kLeastTiles;
 }
 
 GemmExponentials product_of(const Loss& loss, int64_t stride) {
@@ -34,8 +40,8 @@ GemmExponentials product_of(const Loss& loss, int64_t stride) {
 }  // namespace
 
 bool can_fuse_forward(const Loss& loss) {
-  return switched_on() && loss.x.scalar_type() == at::kBFloat16 && !loss.smooth() && loss.n() > 0 &&
-         gemm_exponentials_supported(product_of(loss, padded(loss.c())));
+  return !loss.shard && loss.x.scalar_type() == at::kBFloat16 && !loss.smooth() && loss.n() > 0 &&
+         wanted(loss) && gemm_exponentials_supported(product_of(loss, padded(loss.c())));
 }
 
 void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Rows& rows,
@@ -88,6 +94,24 @@ void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, cons
   C10_CUDA_CHECK(launch_row_reference(first, stream));
   C10_CUDA_CHECK(launch_gemm_exponentials(product, stream));
   C10_CUDA_CHECK(launch_exponential_rows(last, stream));
+}
+
+Tensor in_units_of_log2(const Tensor& reference, cudaStream_t stream) {
+  const Tensor binary = at::empty_like(reference);
+  C10_CUDA_CHECK(launch_binary_reference(
+      {pointer<float>(reference), mutable_pointer<float>(binary), reference.size(0)}, stream));
+  return binary;
+}
+
+void fused_exponentials(const Loss& loss, const Tensor& reference, const Tensor& e,
+                        int64_t first_class, int64_t width, cudaStream_t stream) {
+  GemmExponentials product = product_of(loss, e.size(1));
+  product.w += first_class * loss.d();
+  product.c = width;
+  product.first_class = first_class;
+  product.reference = pointer<float>(reference);
+  product.e = mutable_pointer<c10::BFloat16>(e);
+  C10_CUDA_CHECK(launch_gemm_exponentials(product, stream));
 }
 
 }  // namespace lsoftmax

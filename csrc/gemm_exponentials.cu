@@ -230,10 +230,10 @@ cudaError_t launch_gemm_exponentials(const GemmExponentials& p, cudaStream_t str
   if (error != cudaSuccess) return error;
 
   // One block a multiprocessor, which is all that fits; it works through every so-manieth tile.
-  const int64_t tiles = (p.n + kTileRows - 1) / kTileRows * class_tiles(p.c);
+  const int64_t count = tiles(p.n, p.c);
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(tiles < processors ? tiles : processors));
+  config.gridDim = dim3(static_cast<unsigned>(count < processors ? count : processors));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kDynamicBytes;
   config.stream = stream;

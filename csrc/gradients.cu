@@ -100,6 +100,34 @@ struct AddShares {
   }
 };
 
+// The rest's share of column j of a class's row of dW. Called by the whole block: it fetches the
+// rows together, so that reading x waits for nothing else.
+template <typename T, bool kWide>
+__device__ typename Storage<T>::Acc sum_rest(const FinishGradients<T, kWide>& p,
+                                             const int64_t* order, int rows, int64_t j) {
+  using A = typename Storage<T>::Acc;
+  constexpr int kFetched = 64;
+  __shared__ SharedArray<int64_t, kFetched> row;
+  __shared__ SharedArray<A, kFetched> rest;
+  A sum = 0;
+  for (int first = 0; first < rows; first += kFetched) {
+    const int count = rows - first < kFetched ? rows - first : kFetched;
+    __syncthreads();  // those before have been read
+    for (int k = threadIdx.x; k < count; k += blockDim.x) {
+      row[k] = order[first + k];
+      rest[k] = p.rest[order[first + k]];
+    }
+    __syncthreads();
+    if (j >= p.d) continue;
+#pragma unroll 8
+    for (int k = 0; k < count; ++k) {
+      const A share = rest[k];
+      if (share != 0) sum += share * static_cast<A>(p.x[row[k] * p.d + j]);  // ignored: maybe NaN
+    }
+  }
+  return sum;
+}
+
 // The row of dW of one class: the block at the first of its places in the order does it.
 template <typename T, bool kWide>
 __device__ void finish_class(const FinishGradients<T, kWide>& p, int64_t place) {
@@ -117,14 +145,10 @@ __device__ void finish_class(const FinishGradients<T, kWide>& p, int64_t place) 
   share = block_reduce(share, AddShares{});
   const A h = static_cast<A>(share.weight);
   const int rows = p.rest == nullptr ? 0 : share.rows;
-  for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
-    A sum = 0;
-#pragma unroll 4
-    for (int k = 0; k < rows; ++k) {
-      const int64_t i = order[k];
-      const A rest = p.rest[i];
-      if (rest != 0) sum += rest * static_cast<A>(p.x[i * p.d + j]);  // an ignored x may be NaN
-    }
+  for (int64_t columns = 0; columns < p.d; columns += blockDim.x) {
+    const int64_t j = columns + threadIdx.x;
+    const A sum = sum_rest(p, order, rows, j);
+    if (j >= p.d) continue;
     DW& out = p.dw[line * p.d + j];
     out = static_cast<DW>(static_cast<A>(out) + (sum + h * static_cast<A>(p.w[y * p.d + j])));
   }
@@ -150,7 +174,7 @@ cudaError_t launch_backward_rows(const BackwardRows<T>& params, cudaStream_t str
 
 template <typename T, bool kWide>
 cudaError_t launch_finish_gradients(const FinishGradients<T, kWide>& params, cudaStream_t stream) {
-  return launch(finish_gradients_kernel<T, kWide>, params.n, threads_for(2 * params.d), stream,
+  return launch(finish_gradients_kernel<T, kWide>, params.n, threads_for(8 * params.d), stream,
                 params);
 }
 

@@ -26,6 +26,11 @@ C10_HOST_DEVICE constexpr int64_t class_tiles(int64_t c) {
   return (c + kTileClasses - 1) / kTileClasses;
 }
 
+// The tiles of an (n, c) E.
+constexpr int64_t tiles(int64_t n, int64_t c) {
+  return (n + kTileRows - 1) / kTileRows * class_tiles(c);
+}
+
 struct RowReference {
   const c10::BFloat16* x;  // (N, D)
   const c10::BFloat16* w;  // (C, D)
@@ -79,6 +84,15 @@ struct ExponentialRows {
   int64_t n, d, c, e_stride;
   int64_t ignore_index;
 };
+
+struct BinaryReference {
+  const float* reference;  // (N,): a row of LossRows::rows or of ExponentialRows::rows
+  float* binary;           // (N,): the same in units of log 2, for GemmExponentials
+  int64_t n;
+};
+
+// A whole number of units of log 2, as exponential_rows rounded it, becomes that number again.
+cudaError_t launch_binary_reference(const BinaryReference& params, cudaStream_t stream);
 
 // D must be a multiple of 8, x and w aligned to 16 bytes.
 cudaError_t launch_exponential_rows(const ExponentialRows& params, cudaStream_t stream);

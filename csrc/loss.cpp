@@ -42,22 +42,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
   const Loss loss = check_loss(input, linear_weight, target, weight, ignore_index, label_smoothing);
   const Margin terms = check_margin(margin, lam, loss);
   TORCH_CHECK(class_chunk >= 0, "class_chunk: expected >= 0, got ", class_chunk);
-  const int64_t n = loss.n(), c = loss.c();
   const bool keep_e = save && class_chunk == 0;
 
   Tensor e;
   const Rows rows = make_rows(loss, save);
   if (class_chunk > 0) {
     forward_class_chunks(loss, terms, class_chunk, rows, scope.stream);
-  } else if (can_fuse_forward(loss)) {
-    if (keep_e) e = allocate("the exponentials", {n, padded(c)}, loss.e_options());
-    fused_forward(loss, terms, e, rows, scope.stream);
   } else {
     // As lsoftmax/portable.py's e_storage has it: rows of bfloat16 are whole 16-byte packs.
-    const Panel panel = make_panel(loss, n, loss.e_is_wide() ? c : padded(c), keep_e);
+    const int64_t c = loss.c();
+    const Panel panel = forward_panel(loss, loss.e_is_wide() ? c : padded(c), keep_e);
     e = panel.e;
-    if (n > 0) make_logits(loss, panel, 0, c);
-    loss_rows(loss, terms, panel, 0, c, Tensor(), rows, scope.stream);
+    forward(loss, terms, panel, rows, scope.stream);
   }
   if (!keep_e) e = at::empty({0}, loss.e_options());
   const Tensor saved = save ? rows.saved : at::empty({0}, loss.wide());

@@ -65,7 +65,7 @@ Rows make_rows(const Loss& loss, bool save);
 
 // Room for the logits of some rows and classes, and for the exponentials they become.
 struct Panel {
-  Tensor z;  // (rows, stride)
+  Tensor z;  // (rows, stride); undefined where fused_forward() makes E without them
   Tensor e;  // (rows, or with label smoothing rows + 1, stride), in place of z where types allow;
              // undefined: not kept
 };
@@ -87,11 +87,23 @@ void make_logits(const Loss& loss, const Panel& panel, int64_t first_class, int6
 void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64_t first_class,
                int64_t width, const Tensor& state, const Rows& rows, cudaStream_t stream);
 
-// make_logits and loss_rows in one kernel, where device, type and options allow and the user wants
-// it. `e` (N, padded(C)) is undefined where only the loss is wanted.
+// make_logits and loss_rows in one kernel, where device, type and options allow and it is faster,
+// or the user wants it. `e` (N, padded(C)) is undefined where only the loss is wanted.
 bool can_fuse_forward(const Loss& loss);
 void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Rows& rows,
                    cudaStream_t stream);
+// The exponentials of some classes once more, as wide as there is room in `e` for them; against
+// references (N,) that `in_units_of_log2` makes of rows.saved[4].
+Tensor in_units_of_log2(const Tensor& reference, cudaStream_t stream);
+void fused_exponentials(const Loss& loss, const Tensor& reference, const Tensor& e,
+                        int64_t first_class, int64_t width, cudaStream_t stream);
+
+// Room for what forward() makes of all classes at once.
+Panel forward_panel(const Loss& loss, int64_t stride, bool keep_e);
+
+// The numbers of all rows, and panel.e where it is there, by the way the panel was made for.
+void forward(const Loss& loss, const Margin& margin, const Panel& panel, const Rows& rows,
+             cudaStream_t stream);
 
 // What the batch comes to; each (), and undefined where it is not wanted.
 struct Sums {

@@ -28,9 +28,10 @@ constexpr int kInFlight = 4;  // packs a thread loads before it works on the fir
 template <typename A>
 constexpr A kLowest = std::numeric_limits<A>::lowest();
 
-template <typename A>
 struct Max {
-  __device__ A operator()(A p, A q) const { return p > q ? p : q; }
+  // Of a NaN and a number the number.
+  __device__ float operator()(float p, float q) const { return fmaxf(p, q); }
+  __device__ double operator()(double p, double q) const { return fmax(p, q); }
 };
 
 template <typename T>
@@ -51,6 +52,7 @@ struct Row {
   const A* class_weight;  // of the classes at hand; or null
   E* e;
   int64_t target, head, packs;  // target: counted from the first class at hand
+  bool smooth;
   RowSums<A> sums;
 
   __device__ Row(const LossRows<T>& params, int64_t i, E* e_row)
@@ -61,6 +63,7 @@ struct Row {
         target(params.target[i] - params.first_class),
         head(misaligned_head(z, params.width)),
         packs((params.width - head) / kVector),
+        smooth(params.label_smoothing > 0),
         sums{0, 0, 0} {}
 
   __device__ int64_t tail() const { return head + packs * kVector; }
@@ -70,47 +73,72 @@ struct Row {
     return load_pack<V>(z + j);
   }
 
+  // -inf for the target's logit: its exponential is 0, and it is no maximum. To look for it once
+  // a pack, not once a logit, saves a fifth of the instructions.
   template <int V>
-  __device__ A maximum(const Pack<A, V>& logits, int64_t j) const {
-    A m = -INFINITY;
+  __device__ void leave_target_out(Pack<A, V>& logits, int64_t j) const {
+    if (target < j || target >= j + V) return;
+    const int place = static_cast<int>(target - j);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if (logits.values[v] > m && j + v != target) m = logits.values[v];
+      if (v == place) logits.values[v] = -INFINITY;
     }
+  }
+
+  template <int V>
+  __device__ static A maximum(const Pack<A, V>& logits) {
+    A m = -INFINITY;
+    const Max larger;
+#pragma unroll
+    for (int v = 0; v < V; ++v) m = larger(logits.values[v], m);
     return m;
   }
 
-  // The largest of this thread's first few logits.
+  template <int V>
+  __device__ A sample(int64_t j) const {
+    Pack<A, V> logits = load<V>(j);
+    leave_target_out(logits, j);
+    return maximum(logits);
+  }
+
+  // The largest of this thread's first few logits, the target's not counted.
   __device__ A sample() const {
     A m = -INFINITY;
-    const Max<A> larger;
-    for (int64_t j = threadIdx.x; j < head; j += blockDim.x) m = larger(m, maximum(load<1>(j), j));
+    const Max larger;
+    for (int64_t j = threadIdx.x; j < head; j += blockDim.x) m = larger(m, sample<1>(j));
     for (int64_t k = threadIdx.x, n = 0; k < packs && n < kInFlight; k += blockDim.x, ++n) {
-      m = larger(m, maximum(load<kVector>(head + k * kVector), head + k * kVector));
+      m = larger(m, sample<kVector>(head + k * kVector));
     }
     for (int64_t j = tail() + threadIdx.x; j < p.width; j += blockDim.x) {
-      m = larger(m, maximum(load<1>(j), j));
+      m = larger(m, sample<1>(j));
     }
     return m;
   }
 
   template <int V>
-  __device__ void take(const Pack<A, V>& logits, int64_t j) {
-    const A peak = maximum(logits, j);
+  __device__ void take(Pack<A, V> logits, int64_t j) {
+    if (smooth) add_logits(logits, j);
+    leave_target_out(logits, j);
+    const A peak = maximum(logits);
     if (peak > sums.reference + kSlack) raise(peak, j);
     Pack<A, V> exps;
     A pack_sum = 0;  // added to the row's sum once: fewer roundings of the large number
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const bool other = j + v != target;
-      exps.values[v] = other ? exponential(logits.values[v] - sums.reference) : A(0);
+      exps.values[v] = exponential(logits.values[v] - sums.reference);
       pack_sum += exps.values[v];
-      if (p.label_smoothing > 0 && other) {
-        sums.z_sum += logits.values[v] * (class_weight == nullptr ? A(1) : class_weight[j + v]);
-      }
     }
     sums.e_sum += pack_sum;
     if (e != nullptr) store(exps, j);
+  }
+
+  template <int V>
+  __device__ void add_logits(const Pack<A, V>& logits, int64_t j) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (j + v == target) continue;
+      sums.z_sum += logits.values[v] * (class_weight == nullptr ? A(1) : class_weight[j + v]);
+    }
   }
 
   template <int V>
@@ -253,7 +281,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(LossRows<T> p) {
   }
   start = block_broadcast(start);
   Row<T> row(p, i, e);
-  row.sums.reference = Max<A>{}(start, block_reduce(row.sample(), Max<A>{}));
+  row.sums.reference = Max{}(start, block_reduce(row.sample(), Max{}));
   row.take_all();
   const RowSums<A> sums = block_reduce(row.sums, MergeSums<A>{});
   if (row.sums.reference != sums.reference) {

@@ -76,6 +76,19 @@ void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64
   });
 }
 
+Panel forward_panel(const Loss& loss, int64_t stride, bool keep_e) {
+  if (!can_fuse_forward(loss)) return make_panel(loss, loss.n(), stride, keep_e);
+  if (!keep_e) return Panel();
+  return {Tensor(), allocate("the exponentials", {loss.n(), stride}, loss.e_options())};
+}
+
+void forward(const Loss& loss, const Margin& margin, const Panel& panel, const Rows& rows,
+             cudaStream_t stream) {
+  if (!panel.z.defined()) return fused_forward(loss, margin, panel.e, rows, stream);
+  if (loss.n() > 0) make_logits(loss, panel, 0, loss.c());
+  loss_rows(loss, margin, panel, 0, loss.c(), Tensor(), rows, stream);
+}
+
 void loss_sum(const Loss& loss, bool mean, const Rows& rows, const Sums& sums,
               cudaStream_t stream) {
   const auto sum = [&](auto zero) {

@@ -33,15 +33,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradients(
   const Tensor divisor = at::empty({}, wide);
   loss_sum(loss, mean, Rows(), {Tensor(), divisor, Tensor()}, scope.stream);
   if (n == 0 && need_weight) dw.zero_();
-  const Panel panel = n > 0 ? make_panel(loss, chunk, padded(c), /*keep_e=*/true) : Panel();
+  const Panel panel =
+      n > 0 ? forward_panel(loss.rows(0, chunk), padded(c), /*keep_e=*/true) : Panel();
   const Tensor w_factor = loss.w.to(e_type(loss.x));
 
   for (int64_t first = 0; first < n; first += chunk) {
     const int64_t count = std::min(chunk, n - first), e_rows = loss.e_rows(count);
     const Loss part = loss.rows(first, count);
     const Tensor saved = at::empty({5, count}, wide);
-    make_logits(part, panel, 0, c);
-    loss_rows(part, terms, panel, 0, c, Tensor(), rows.part(first, count, saved), scope.stream);
+    forward(part, terms, panel, rows.part(first, count, saved), scope.stream);
     const Upstream upstream =
         backward_rows(part, Tensor(), divisor, saved, need_weight, scope.stream);
     const Tensor e = corner(panel.e, e_rows, c);

@@ -77,6 +77,10 @@ step 60 "$python" -m lsoftmax
 echo
 for tool in memcheck racecheck synccheck initcheck; do
   side "$tool" sanitize "$tool" "not hopper"
+done
+# Of Hopper's forward pass, initcheck does not see what the copy engine writes for cuBLAS, and
+# racecheck ends in an internal error (both seen with CUDA 13.0).
+for tool in memcheck synccheck; do
   side "$tool-hopper" sanitize "$tool" hopper
 done
 # Files with the most tests first.

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from chunks import fixed_arguments
+from chunks import assert_close, bounds_for, fixed_arguments, run
 from lsoftmax import functional
 from problems import Problem, problem, relative_error
 
 IGNORED = -100
+SWITCH = "LSOFTMAX_FUSED_FORWARD"
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def both_ways(
     p: Problem, monkeypatch: pytest.MonkeyPatch, **options: object
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Loss and gradients by the forward pass in one kernel, and by the other."""
-    monkeypatch.delenv("LSOFTMAX_FUSED_FORWARD", raising=False)
+    monkeypatch.setenv(SWITCH, "0")
     apart = p.loss(**options)
-    monkeypatch.setenv("LSOFTMAX_FUSED_FORWARD", "1")
+    monkeypatch.setenv(SWITCH, "1")
     return p.loss(**options), apart
 
 
@@ -79,7 +80,7 @@ def test_every_exponential(shape: tuple[int, int, int], device: str, monkeypatch
     x, w = (torch.randint(-4, 5, (rows, d)).to(device).bfloat16() / 8 for rows in (n, c))
     p = Problem(x, w, torch.randint(c, (n,)).to(device))
     p.y[3::5] = IGNORED
-    monkeypatch.setenv("LSOFTMAX_FUSED_FORWARD", "1")
+    monkeypatch.setenv(SWITCH, "1")
     _, e, rows, *_ = torch.ops.lsoftmax.loss_fwd(*fixed_arguments(p, ignore_index=IGNORED), True, 0)
     kept = p.y != IGNORED
     truth = torch.exp(x.double() @ w.double().t() - rows[4].double()[:, None])
@@ -91,11 +92,54 @@ def test_every_exponential(shape: tuple[int, int, int], device: str, monkeypatch
     assert (e[:, c:] == 0).all()
 
 
+@pytest.mark.parametrize("norm", [4.0, 400.0, 1e5], ids=["", "rows are done again", "huge"])
+@pytest.mark.parametrize("way", [("rows", 30), ("classes", 104), ("classes", 1000)], ids=str)
+@pytest.mark.usefixtures("hopper")
+def test_chunks_take_it(way: tuple[str, int], norm: float, device: str, monkeypatch) -> None:
+    """Chunks of rows in forward; of classes in forward all at once, and in backward once more."""
+    p = problem(70, 64, 300, torch.bfloat16, device, norm=norm)
+    p.y[3::5] = IGNORED
+    options = {"margin": 3, "lam": 0.5, "weight": torch.rand(300, device=device) + 0.5}
+    monkeypatch.setenv(SWITCH, "0")
+    apart = run(p, way, **options)
+    monkeypatch.setenv(SWITCH, "1")
+    chunked, whole = run(p, way, **options), run(p, ("classes", 0), **options)
+    assert not torch.equal(chunked[1], apart[1]), "it is the other forward pass"
+    assert torch.equal(chunked[0], whole[0])
+    if norm < 1e5:  # beyond, a rounding of a logit decides on the loss
+        assert_close(chunked, p.true_loss(**options), *bounds_for(p, **options))
+    for ours, same in zip(chunked[1:], whole[1:], strict=True):
+        # The same exponentials; sums in float32 here, rounded to bfloat16 there.
+        assert relative_error(ours, same.double()) < 4e-3
+
+
+@pytest.mark.parametrize(("classes", "taken"), [(128 * 256, True), (127 * 256, False)])
+@pytest.mark.usefixtures("hopper")
+def test_taken_by_size(classes: int, taken: bool, device: str, monkeypatch) -> None:
+    """128 tiles keep a device busy; with fewer the product and the row pass are as fast."""
+    p = problem(2, 8, classes, torch.bfloat16, device)
+    fused, apart = both_ways(p, monkeypatch)
+    monkeypatch.delenv(SWITCH)
+    for chosen, expected in zip(p.loss(), fused if taken else apart, strict=True):
+        assert torch.equal(chosen, expected)
+    assert not torch.equal(fused[2], apart[2])
+
+
+@pytest.mark.usefixtures("hopper")
+def test_few_classes_are_no_tile(device: str, backend: str, monkeypatch) -> None:
+    if backend != "cuda":
+        pytest.skip("too large to emulate")
+    p = problem(128 * 128, 64, 256, torch.bfloat16, device)
+    _, apart = both_ways(p, monkeypatch)
+    monkeypatch.delenv(SWITCH)
+    assert torch.equal(p.loss()[2], apart[2])
+
+
 @pytest.mark.usefixtures("hopper")
 def test_the_switch_changes_the_bits(device: str, monkeypatch) -> None:
     """Or the tests here would be of the other forward pass."""
     fused, apart = both_ways(problem(70, 64, 300, torch.bfloat16, device), monkeypatch)
-    assert not torch.equal(fused[1], apart[1])
+    assert not torch.equal(fused[2], apart[2])
 
 
 @pytest.mark.usefixtures("hopper")

@@ -95,4 +95,32 @@ FAULTS = [
         "",
         "test_digits.py::test_smoothing_with_the_fused_forward_switched_on",
     ),
+    kernel(
+        "Hopper: not taken by as many tiles as keep a device busy",
+        "fused_forward.cpp",
+        "tiles(loss.n(), loss.c()) >= kLeastTiles",
+        "tiles(loss.n(), loss.c()) > kLeastTiles",
+        "test_fused_forward.py::test_taken_by_size",
+    ),
+    kernel(
+        "Hopper: a chunk's exponentials are of the first classes",
+        "fused_forward.cpp",
+        "  product.w += first_class * loss.d();\n",
+        "",
+        "test_fused_forward.py::test_chunks_take_it",
+    ),
+    kernel(
+        "Hopper: a chunk looks for targets among the first classes",
+        "fused_forward.cpp",
+        "  product.first_class = first_class;\n",
+        "",
+        "test_fused_forward.py::test_chunks_take_it",
+    ),
+    kernel(
+        "Hopper: the references of chunks are rounded once more",
+        "exponential_rows.cu",
+        "rounded ? whole : units",
+        "units * 1.0001",
+        "test_fused_forward.py::test_chunks_take_it",
+    ),
 ]
