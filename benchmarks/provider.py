@@ -49,6 +49,7 @@ class Provider:
     cuda_only = False
     slow_start = False  # compiles or tunes first: not part of a quick run
     limit = False  # not a loss: a bound to compare with
+    profiled = False  # its kernels are listed, which takes longer than anything else untimed
     arrays = 4.0  # N x C arrays at its peak, for the estimate on a CPU
     types = ("float32", "float64", "float16", "bfloat16")
 

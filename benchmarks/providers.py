@@ -29,8 +29,13 @@ from .peers import (
 from .provider import Bound, Loss, Provider, UnsupportedError
 
 
+UNLIMITED = 2**62  # bytes
+
+
 class Function(Provider):
     """A provider that is a function of (x, w, y, margin, lam)."""
+
+    profiled = True
 
     def __init__(self, name: str, loss: Loss, arrays: float) -> None:
         self.name, self.loss, self.arrays = name, loss, arrays
@@ -50,6 +55,8 @@ def by_memory_alone() -> Iterator[None]:
 class Regime(Provider):
     """Ours, forced into one of its ways round the N x C logits by a memory budget."""
 
+    profiled = True
+
     def __init__(self, regime: str) -> None:
         self.regime, self.name, self.arrays = regime, f"{OURS.name} ({regime})", OURS.arrays
 
@@ -62,18 +69,29 @@ class Regime(Provider):
     def budget(self, x: Tensor, w: Tensor) -> int:
         """The largest, in steps of a fifth, that leads to the regime in training."""
         x = x.detach().requires_grad_()
-        unlimited = 2**62
-        whole = functional.plan(x, w, memory_budget=unlimited).bytes
-        for budget in (unlimited, *(int(whole * 0.8**k) + 1 for k in range(1, 31))):
+        for budget in (UNLIMITED, *(int(whole(x, w) * 0.8**k) + 1 for k in range(1, 31))):
             if regime_of(functional.plan(x, w, memory_budget=budget)) == self.regime:
                 return budget
         raise UnsupportedError(f"no memory budget leads to {self.regime} here")
 
 
-class FusedForward(Provider):
-    """Ours with the forward pass as one kernel, which is off unless asked for: Hopper, bfloat16."""
+class Budgeted(Provider):
+    """Ours with so little memory for what is N x C that it must take chunks."""
 
-    name, arrays = "ours (fused forward)", 1
+    name, arrays, profiled = "ours (within 2 GiB)", 1, True
+    bytes = 2 << 30
+
+    def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
+        if functional.plan(x, w, memory_budget=self.bytes).bytes == whole(x, w):
+            raise UnsupportedError("all of it fits")
+        loss = partial(functional.lsoftmax_loss, x, w, y, margin, lam, memory_budget=self.bytes)
+        return Bound(loss, (x, w))
+
+
+class Apart(Provider):
+    """Ours with product and row pass apart, where Hopper has one kernel for them: bfloat16."""
+
+    name, arrays, profiled = "ours (forward apart)", 3, True
     cuda_only = True
     types = ("bfloat16",)
     switch = "LSOFTMAX_FUSED_FORWARD"
@@ -81,13 +99,11 @@ class FusedForward(Provider):
     def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
         if torch.cuda.get_device_capability(x.device) != (9, 0):
             raise UnsupportedError("needs compute capability 9.0")
-        if os.environ.get(self.switch) == "0":
-            raise UnsupportedError(f"{self.switch}=0")
         return super().bind(x, w, y, margin, lam)
 
     def loss(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Tensor:
         before = os.environ.get(self.switch)
-        os.environ[self.switch] = "1"  # by hand: mock.patch.dict takes as long as a small step
+        os.environ[self.switch] = "0"  # by hand: mock.patch.dict takes as long as a small step
         try:
             return functional.lsoftmax_loss(x, w, y, margin, lam)
         finally:
@@ -95,6 +111,11 @@ class FusedForward(Provider):
                 del os.environ[self.switch]
             else:
                 os.environ[self.switch] = before
+
+
+def whole(x: Tensor, w: Tensor) -> int:
+    """What all N x C take."""
+    return functional.plan(x, w, memory_budget=UNLIMITED).bytes
 
 
 def regime_of(plan: Plan) -> str:
@@ -108,7 +129,7 @@ class Products(Provider):
     `step` takes all three, `evaluate` the first alone.
     """
 
-    name, limit, arrays = "matrix products alone", True, 1
+    name, limit, arrays, profiled = "matrix products alone", True, 1, True
 
     def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
         return BoundProducts(partial(torch.mm, x.detach(), w.detach().t()), (x, w))
@@ -130,7 +151,8 @@ PROVIDERS: list[Provider] = [
     PRODUCTS,
     OURS,  # as it chooses by itself
     *(Regime(regime) for regime in REGIMES),
-    FusedForward(),
+    Budgeted(),
+    Apart(),
     REFERENCE,
     Compiled(REFERENCE),
     Published(),

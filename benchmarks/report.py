@@ -89,7 +89,8 @@ def where(result: dict) -> str:
     facts = result["machine"]
     device = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['threads']} threads"
     cuda = f", CUDA {facts['cuda']}" if facts["gpu"] else ""
-    return f"{device}, torch {facts['torch']}{cuda}{'' if result['complete'] else ' (unfinished)'}"
+    graph = ", CUDA graphs" if result["settings"]["graph"] else ""
+    return f"{device}, torch {facts['torch']}{cuda}{graph}{'' if result['complete'] else ' (unfinished)'}"
 
 
 def facts(name: str, result: dict) -> str:

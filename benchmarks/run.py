@@ -52,6 +52,8 @@ def measure(
     """
     device = torch.device(settings.device)
     torch._dynamo.reset()  # else a case after the eighth shape would run uncompiled
+    gc.collect()
+    gc.freeze()  # what is there to stay: looking through it takes longer than many a case
     x, w, y = draw(case, device)
     truth = Truth(x, w, y)
     rows, calls = [], {}
@@ -66,7 +68,7 @@ def measure(
                 frozen = provider.bind(x.detach(), w.detach(), y, case.margin, settings.lam)
                 if not provider.limit:
                     _check(row, truth, bound, gradient_scale(case))
-                calls |= _calls(row, bound, frozen, settings, gradient_scale(case))
+                calls |= _calls(row, bound, frozen, settings, provider.profiled)
             except Exception as error:  # a provider may fail in any way, and the others go on
                 _fail(row, error)
         if device.type == "cuda":
@@ -134,9 +136,10 @@ def _check(row: dict, truth: Truth, bound: Bound, scale: float) -> None:
 
 
 def _calls(
-    row: dict, bound: Bound, frozen: Bound, settings: Settings, scale: float
+    row: dict, bound: Bound, frozen: Bound, settings: Settings, profiled: bool
 ) -> dict[tuple[str, str], Callable[[], object]]:
     """What is to be timed; memory and launches are taken here, of the longest pass asked for."""
+    scale = gradient_scale(Case(**row["case"]))
 
     def step() -> tuple:
         return bound.step(scale)
@@ -148,7 +151,7 @@ def _calls(
     longest = functions[settings.passes[-1]]
     device = torch.device(settings.device)
     row["peak_bytes"] = peak_bytes(longest, device)
-    row["kernels"] = device_work(longest, device)
+    row["kernels"] = device_work(longest, device) if profiled else None
     if row["kernels"] is not None:
         row["launches"] = sum(kernel["calls"] for kernel in row["kernels"])
     wanted = {which: functions[which] for which in settings.passes}

@@ -18,7 +18,8 @@ from benchmarks.providers import (
     PRODUCTS,
     PROVIDERS,
     REFERENCE,
-    FusedForward,
+    Apart,
+    Budgeted,
     Regime,
     regime_of,
 )
@@ -211,11 +212,21 @@ def test_one_that_fails_only_when_timed():
     assert rows[OURS.name]["forward_backward"]["samples"] > 1
 
 
+def test_a_budget_is_kept_where_not_all_fits() -> None:
+    class Small(Budgeted):
+        bytes = 4 * 24 * 50
+
+    rows = run(Small(), case=CASE)
+    assert rows[Small.name]["status"] == "ok"
+    assert rows[Small.name]["peak_bytes"] < 4 * CASE.n * CASE.c
+    assert run(Budgeted(), case=CASE)[Budgeted.name]["note"] == "all of it fits"
+
+
 @pytest.mark.parametrize("before", [None, "yes"])
-def test_the_fused_forward_is_asked_for_by_its_calls_alone(
+def test_forward_apart_is_asked_for_by_its_calls_alone(
     before: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, seen = FusedForward.switch, []
+    name, seen = Apart.switch, []
     monkeypatch.delenv(name, raising=False)
     if before is not None:
         monkeypatch.setenv(name, before)
@@ -227,6 +238,6 @@ def test_the_fused_forward_is_asked_for_by_its_calls_alone(
     monkeypatch.setattr(functional, "lsoftmax_loss", lsoftmax_loss)
     p = problem(4, 3, 5)
     with pytest.raises(RuntimeError, match="memory"):
-        FusedForward().loss(p.x, p.w, p.y, 2, 0.0)
-    assert seen == ["1"]
+        Apart().loss(p.x, p.w, p.y, 2, 0.0)
+    assert seen == ["0"]
     assert os.environ.get(name) == before
