@@ -164,6 +164,7 @@ def with_kernels() -> dict[str, Any]:
         sorted(glob("csrc/*.cpp", root_dir=ROOT) + glob("csrc/*.cu", root_dir=ROOT)),
         extra_compile_args=compile_flags(cpp_extension.include_paths()),
     )
+    extension.extra_compile_args["cxx"] += toolkit.library_headers(home, torch)
     extension.libraries = libraries(home, extension.libraries)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
 

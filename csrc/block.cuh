@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "lsoftmax.h"
 #include "shared.cuh"
 
 namespace lsoftmax {
@@ -60,6 +62,26 @@ template <int V, typename T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
   LSOFTMAX_COUNT_BYTES(bytes_written, sizeof(Pack<T, V>));
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+// To the nearest of those that TF32 has: 11 digits. NaN stays.
+__device__ __forceinline__ float round_tf32(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof(bits));
+  if (v == v) bits = (bits + 0xfffu + (bits >> 13 & 1)) & ~0x1fffu;
+  memcpy(&v, &bits, sizeof(bits));
+  return v;
+}
+
+// What is stored where T's backward products read exponentials: see Storage. Of float16 these are
+// tensor cores that read TF32, as many digits as float16 has.
+template <typename T>
+__device__ __forceinline__ typename Storage<T>::E as_exponential(typename Storage<T>::Acc v) {
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    return round_tf32(v);
+  } else {
+    return static_cast<typename Storage<T>::E>(v);
+  }
 }
 
 // Elements of a row before its first 16-byte boundary, at most `count`.

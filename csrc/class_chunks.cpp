@@ -81,11 +81,13 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream
       exponentials(loss, rows, reference, panel, first, width, stream);
     }
     const Tensor e = corner(panel.e, e_rows, width);
-    if (need_input) matmul(product, e, w.narrow(0, first, width).to(e_type), /*add=*/first > 0);
+    if (need_input) {
+      matmul_e(loss, product, e, w.narrow(0, first, width).to(e_type), /*add=*/first > 0);
+    }
     if (!need_weight) continue;
     const Tensor dw_slice = dw.narrow(0, first, width);
     const Tensor sum = slice.defined() ? slice.narrow(0, 0, width) : dw_slice;
-    matmul(sum, e.t(), upstream.scaled_x);
+    matmul_e(loss, sum, e.t(), upstream.scaled_x);
     finish_gradients(x, w, loss.y, shares, Tensor(), Tensor(), sum, first, /*wide=*/false, stream);
     if (slice.defined()) dw_slice.copy_(sum);
   }

@@ -41,7 +41,7 @@ struct RowOfChunk {
       A above = logits.values[v] - reference;
       if (above > kSlack) above = kSlack;
       const A value = j + v == target ? e_y : exponential(above);
-      exps.values[v] = static_cast<E>(value);
+      exps.values[v] = as_exponential<T>(value);
     }
     store_pack<V>(e + j, exps);
   }
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads) exponentials_kernel(Exponentials<
   const int64_t i = blockIdx.x, packs = p.width / kVector;
   if (i == p.n) {
     const A* weights = p.class_weight == nullptr ? nullptr : p.class_weight + p.first_class;
-    return write_class_weights(p.e + i * p.stride, weights, p.width, p.width);
+    return write_class_weights<T>(p.e + i * p.stride, weights, p.width, p.width);
   }
   if (p.target[i] == p.ignore_index) {  // its logits may be NaN, and 0 * NaN is not 0
     for (int64_t j = threadIdx.x; j < p.width; j += blockDim.x) {

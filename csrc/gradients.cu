@@ -46,7 +46,7 @@ __device__ void sum_constant_x(const BackwardRows<T>& p, int64_t columns) {
   __syncthreads();
   if (warp != 0 || j >= p.d) return;
   for (int k = 1; k < warps; ++k) sum += partial[k * kWarp + lane];
-  p.constant_x[j] = static_cast<typename Storage<T>::E>(sum);
+  p.constant_x[j] = as_exponential<T>(sum);
 }
 
 // A block a row; then, with label smoothing, one for each 32 columns.
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(BackwardRows
   for (int64_t j = threadIdx.x; j < p.d; j += blockDim.x) {
     const A value =
         ignored ? A(0) : scale * static_cast<A>(p.x[i * p.d + j]);  // x may be NaN there
-    p.scaled_x[i * p.d + j] = static_cast<typename Storage<T>::E>(value);
+    p.scaled_x[i * p.d + j] = as_exponential<T>(value);
   }
 }
 

@@ -105,6 +105,9 @@ inline void matmul(Tensor out, const Tensor& a, const Tensor& b, bool add = fals
   }
 }
 
+// The same where neither factor has more digits than TF32, whatever float32 can hold: tf32.cpp.
+void matmul_tf32(const Tensor& out, const Tensor& a, const Tensor& b, bool add);
+
 // An array whose size `memory_budget` bounds; where it does not fit, the error says what to do.
 inline Tensor allocate(const char* what, at::IntArrayRef sizes, at::TensorOptions options) {
   try {

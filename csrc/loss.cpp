@@ -13,13 +13,13 @@ std::pair<Tensor, Tensor> backward_in_budget(const Loss& loss, const Upstream& u
   Tensor product, dx, dw;
   if (need_input) {
     product = allocate("a product", {e.size(0), loss.d()}, loss.wide());
-    matmul(product, e, loss.w.to(e.scalar_type()));
+    matmul_e(loss, product, e, loss.w.to(e.scalar_type()));
     const bool in_place = loss.shard || loss.x.scalar_type() == product.scalar_type();
     dx = in_place ? product.narrow(0, 0, loss.n()) : at::empty_like(loss.x);
   }
   if (need_weight) {
     dw = allocate("the gradient of linear_weight", loss.w.sizes(), e.options());
-    matmul(dw, e.t(), upstream.scaled_x);
+    matmul_e(loss, dw, e.t(), upstream.scaled_x);
   }
   const auto finish = [&](const Tensor& dx_product, const Tensor& dx_part, const Tensor& dw_part,
                           bool wide) {

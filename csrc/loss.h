@@ -83,6 +83,10 @@ inline Tensor corner(const Tensor& matrix, int64_t rows, int64_t columns) {
 // Logits of the classes [first_class, first_class + width), into panel.z.
 void make_logits(const Loss& loss, const Panel& panel, int64_t first_class, int64_t width);
 
+// out = a b, or out += a b, of which one is E or a part of it.
+void matmul_e(const Loss& loss, const Tensor& out, const Tensor& a, const Tensor& b,
+              bool add = false);
+
 // LossRows. `state` is undefined where all classes come at once. Of a shard `rows` holds nothing.
 void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64_t first_class,
                int64_t width, const Tensor& state, const Rows& rows, cudaStream_t stream);

@@ -145,7 +145,7 @@ struct Row {
   __device__ void store(const Pack<A, V>& exps, int64_t j) {
     Pack<E, V> narrow;
 #pragma unroll
-    for (int v = 0; v < V; ++v) narrow.values[v] = static_cast<E>(exps.values[v]);
+    for (int v = 0; v < V; ++v) narrow.values[v] = as_exponential<T>(exps.values[v]);
     store_pack<V>(e + j, narrow);
   }
 
@@ -201,7 +201,6 @@ template <typename T>
 __device__ void finish_row(const LossRows<T>& p, int64_t i, const MarginTerms& m,
                            const RowSums<double>& sums) {
   using A = typename Storage<T>::Acc;
-  using E = typename Storage<T>::E;
   const int64_t y = p.target[i];
   Smoothing q{1, static_cast<double>(p.c), p.label_smoothing, static_cast<double>(p.c)};
   if (p.class_weight != nullptr) {
@@ -216,7 +215,9 @@ __device__ void finish_row(const LossRows<T>& p, int64_t i, const MarginTerms& m
   p.rows[2 * p.n + i] = static_cast<A>(terms.weight_share);
   p.rows[3 * p.n + i] = static_cast<A>(terms.target_share);
   p.rows[4 * p.n + i] = static_cast<A>(sums.reference);
-  if (p.e != nullptr && p.target_in_e) p.e[i * p.e_stride + y] = static_cast<E>(terms.e_y);
+  if (p.e != nullptr && p.target_in_e) {
+    p.e[i * p.e_stride + y] = as_exponential<T>(static_cast<A>(terms.e_y));
+  }
 }
 
 // What chunks of classes hand on, in double so that any number of them adds up.
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(LossRows<T> p) {
   const int64_t i = blockIdx.x;
   E* e = p.e == nullptr ? nullptr : p.e + i * p.e_stride;
   const int64_t used = (p.width + 7) / 8 * 8, end = used < p.e_stride ? used : p.e_stride;
-  if (i == p.n) return write_class_weights(e, class_weights_at_hand(p), p.width, end);
+  if (i == p.n) return write_class_weights<T>(e, class_weights_at_hand(p), p.width, end);
   const bool first = p.first_class == 0, last = p.first_class + p.width == p.c;
   const bool ignored = p.target[i] == p.ignore_index;
   if (e != nullptr) {  // an ignored row may be NaN, and 0 * NaN is not 0: write the zeros

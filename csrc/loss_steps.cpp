@@ -43,6 +43,11 @@ void make_logits(const Loss& loss, const Panel& panel, int64_t first_class, int6
   matmul(corner(panel.z, loss.n(), width), loss.x, w.t());
 }
 
+void matmul_e(const Loss& loss, const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  const bool halves = loss.x.scalar_type() == at::kHalf;  // see as_exponential()
+  halves ? matmul_tf32(out, a, b, add) : matmul(out, a, b, add);
+}
+
 void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64_t first_class,
                int64_t width, const Tensor& state, const Rows& rows, cudaStream_t stream) {
   for_type(loss.x, [&](auto zero) {

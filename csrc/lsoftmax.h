@@ -13,7 +13,7 @@
 namespace lsoftmax {
 
 // Acc: logits, row statistics, losses. E: what backward's matrix products read. bfloat16 spans the
-// range of an exponential and float16 does not, so float16 keeps E in float.
+// range of an exponential and float16 does not, so float16 keeps E in float, with float16's digits.
 template <typename T>
 struct Storage {
   using Acc = float;

@@ -49,11 +49,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradients(
     if (need_input) {
       product = at::empty({e_rows, d}, wide);
       dx_part = dx.narrow(0, first, count);
-      matmul(product, e, w_factor);
+      matmul_e(loss, product, e, w_factor);
     }
     if (need_weight) {
       dw_sum = dw;
-      matmul(dw, e.t(), upstream.scaled_x, /*add=*/first > 0);
+      matmul_e(loss, dw, e.t(), upstream.scaled_x, /*add=*/first > 0);
     }
     finish_gradients(part.x, part.w, part.y, upstream.of(part), product, dx_part, dw_sum, 0,
                      /*wide=*/true, scope.stream);

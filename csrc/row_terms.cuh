@@ -76,10 +76,13 @@ __device__ inline RowTerms row_terms(const MarginTerms& m, const RowSums<double>
 
 // One more row of E, by the whole block: label smoothing's constant gradient has rank one, and as a
 // row of E its class side costs no pass of its own. Zeros from `width` to `end`.
-template <typename E, typename A>
-__device__ void write_class_weights(E* e, const A* class_weight, int64_t width, int64_t end) {
+template <typename T>
+__device__ void write_class_weights(typename Storage<T>::E* e,
+                                    const typename Storage<T>::Acc* class_weight, int64_t width,
+                                    int64_t end) {
+  using A = typename Storage<T>::Acc;
   for (int64_t j = threadIdx.x; j < end; j += blockDim.x) {
-    e[j] = static_cast<E>(j >= width ? A(0) : class_weight == nullptr ? A(1) : class_weight[j]);
+    e[j] = as_exponential<T>(j >= width ? A(0) : class_weight == nullptr ? A(1) : class_weight[j]);
   }
 }
 

@@ -115,3 +115,15 @@ def find_toolkit(torch: Any) -> tuple[Path, str]:
     where = f"in CUDA_HOME={named}" if named else f"on PATH, in {USUAL} or in {wheels}"
     faults.append(f"there is no nvcc {where}")
     raise NoKernelsError(f"{faults[0]}: {remedy}")
+
+
+def library_headers(home: Path, torch: Any) -> list[str]:
+    """Flags that find cuBLAS' headers (csrc/tf32.cpp), which a small toolkit lacks: with pip's torch
+    they come along. After all others, so that nothing else changes.
+    """
+    if (home / "include/cublas_v2.h").exists():
+        return []
+    folders = sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))
+    wanted = ("cublas_v2.h", "cusparse.h", "cusolverDn.h")
+    found = [folder for folder in folders if any((folder / name).exists() for name in wanted)]
+    return [word for folder in found for word in ("-idirafter", str(folder))]

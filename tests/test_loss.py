@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lsoftmax import functional, reference
+from chunks import fixed_arguments
 from problems import Problem, assert_right, problem, relative_error, rounding_error
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -233,6 +234,17 @@ def test_lam_tensor_is_read_not_saved(device: str) -> None:
     theirs = torch.autograd.grad(reference.lsoftmax_loss(p.x, p.w, p.y, 3, 2.0), (p.x, p.w))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_float16_keeps_no_more_digits_than_tensor_cores_read(backend: str, device: str) -> None:
+    """11, as float16 itself: what backward multiplies, one kind of tensor core reads exactly."""
+    p = problem(20, 24, 37, torch.float16, device)
+    weight = torch.rand(37, device=device) + 0.5
+    fixed = fixed_arguments(p, weight=weight, label_smoothing=0.1)
+    _, e, *_ = torch.ops.lsoftmax.loss_fwd(*fixed, True, 0)
+    if backend != "portable":
+        assert (e.view(torch.int32) % 2**13 == 0).all()
+    assert_right(p, 1e-4, 2 * rounding_error(p, p.x.dtype, label_smoothing=0.1), label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(("n", "d"), [(200, 40), (70, 300)])

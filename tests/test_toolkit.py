@@ -135,3 +135,16 @@ def test_not_a_cuda_torch(machine, tmp_path):
     assert _toolkit.toolkits(torch_of(None, tmp_path)) == [usual]
     with pytest.raises(NoKernelsError, match=r"^torch 2\.15\.0 is not a CUDA build$"):
         find_toolkit(torch_of(None, tmp_path))
+
+
+def test_the_libraries_headers_are_found_with_torch(tmp_path: Path) -> None:
+    """Where the toolkit lacks them, and after all others."""
+    torch = SimpleNamespace(__file__=str(tmp_path / "site/torch/__init__.py"))
+    cublas, other = (tmp_path / "site/nvidia" / name / "include" for name in ("cublas", "nccl"))
+    for folder in (cublas, other, tmp_path / "home/include"):
+        folder.mkdir(parents=True)
+    (cublas / "cublas_v2.h").touch()
+    home = tmp_path / "home"
+    assert _toolkit.library_headers(home, torch) == ["-idirafter", str(cublas)]
+    (home / "include/cublas_v2.h").touch()
+    assert _toolkit.library_headers(home, torch) == []
