@@ -28,7 +28,6 @@ from .peers import (
 )
 from .provider import Bound, Loss, Provider, UnsupportedError
 
-
 UNLIMITED = 2**62  # bytes
 
 

@@ -90,7 +90,8 @@ def where(result: dict) -> str:
     device = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['threads']} threads"
     cuda = f", CUDA {facts['cuda']}" if facts["gpu"] else ""
     graph = ", CUDA graphs" if result["settings"]["graph"] else ""
-    return f"{device}, torch {facts['torch']}{cuda}{graph}{'' if result['complete'] else ' (unfinished)'}"
+    unfinished = "" if result["complete"] else " (unfinished)"
+    return f"{device}, torch {facts['torch']}{cuda}{graph}{unfinished}"
 
 
 def facts(name: str, result: dict) -> str:

@@ -91,7 +91,8 @@ struct BinaryReference {
   int64_t n;
 };
 
-// A whole number of units of log 2, as exponential_rows rounded it, becomes that number again.
+// A whole number of units of log 2 below 2^23, as exponential_rows rounded it, is that number
+// again.
 cudaError_t launch_binary_reference(const BinaryReference& params, cudaStream_t stream);
 
 // D must be a multiple of 8, x and w aligned to 16 bytes.

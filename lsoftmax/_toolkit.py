@@ -118,8 +118,8 @@ def find_toolkit(torch: Any) -> tuple[Path, str]:
 
 
 def library_headers(home: Path, torch: Any) -> list[str]:
-    """Flags that find cuBLAS' headers (csrc/tf32.cpp), which a small toolkit lacks: with pip's torch
-    they come along. After all others, so that nothing else changes.
+    """Flags that find cuBLAS' headers (csrc/tf32.cpp) with torch, where the toolkit lacks them.
+    After all others, so that nothing else changes.
     """
     if (home / "include/cublas_v2.h").exists():
         return []

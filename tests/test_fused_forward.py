@@ -92,12 +92,13 @@ def test_every_exponential(shape: tuple[int, int, int], device: str, monkeypatch
     assert (e[:, c:] == 0).all()
 
 
-@pytest.mark.parametrize("norm", [4.0, 400.0, 1e5], ids=["", "rows are done again", "huge"])
+@pytest.mark.parametrize("norm", [4.0, 400.0], ids=["", "rows are done again"])
 @pytest.mark.parametrize("way", [("rows", 30), ("classes", 104), ("classes", 1000)], ids=str)
 @pytest.mark.usefixtures("hopper")
 def test_chunks_take_it(way: tuple[str, int], norm: float, device: str, monkeypatch) -> None:
     """Chunks of rows in forward; of classes in forward all at once, and in backward once more."""
     p = problem(70, 64, 300, torch.bfloat16, device, norm=norm)
+    p.y[::2] = (p.x @ p.w.t()).argmax(1)[::2]  # or a target among the others would be too little
     p.y[3::5] = IGNORED
     options = {"margin": 3, "lam": 0.5, "weight": torch.rand(300, device=device) + 0.5}
     monkeypatch.setenv(SWITCH, "0")
@@ -106,8 +107,7 @@ def test_chunks_take_it(way: tuple[str, int], norm: float, device: str, monkeypa
     chunked, whole = run(p, way, **options), run(p, ("classes", 0), **options)
     assert not torch.equal(chunked[1], apart[1]), "it is the other forward pass"
     assert torch.equal(chunked[0], whole[0])
-    if norm < 1e5:  # beyond, a rounding of a logit decides on the loss
-        assert_close(chunked, p.true_loss(**options), *bounds_for(p, **options))
+    assert_close(chunked, p.true_loss(**options), *bounds_for(p, **options))
     for ours, same in zip(chunked[1:], whole[1:], strict=True):
         # The same exponentials; sums in float32 here, rounded to bfloat16 there.
         assert relative_error(ours, same.double()) < 4e-3

@@ -53,6 +53,7 @@ ExponentialRows = structure(
     "x w target class_weight margin_terms partial reference e row_loss rows",
     "n d c e_stride ignore_index",
 )
+BinaryReference = structure("BinaryReference", "reference binary", "n")
 
 
 def launch(name: str, kind: type, **values: Tensor | int | None) -> str:
@@ -323,3 +324,15 @@ def test_plain_logit_of_the_target_is_no_reference(pilot):
     case.w *= 0.1
     case.w[:8] = 9.2 * (torch.eye(8, 16) + torch.eye(8, 16).roll(8, 1))
     check_forward(case, pilot, lam=0.0)
+
+
+def test_references_in_units_of_log_2_are_whole_again():
+    """However large: half a unit off, and every exponential of the row is off by 40 percent."""
+    whole = torch.cat([torch.arange(-300.0, 300.0), torch.randint(2**22, 2**23, (500,)).float()])
+    other = torch.randn(100) * 50
+    reference = torch.cat([(whole.double() * LOG2).float(), other])
+    binary = torch.full_like(reference, torch.nan)
+    more = {"reference": reference, "binary": binary, "n": len(reference)}
+    assert launch("binary_reference", BinaryReference, **more) == ""
+    assert torch.equal(binary[: len(whole)], whole)
+    torch.testing.assert_close(binary[len(whole) :], other / LOG2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lsoftmax import functional, reference
 from chunks import fixed_arguments
+from lsoftmax import functional, reference
 from problems import Problem, assert_right, problem, relative_error, rounding_error
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -244,7 +244,9 @@ def test_float16_keeps_no_more_digits_than_tensor_cores_read(backend: str, devic
     _, e, *_ = torch.ops.lsoftmax.loss_fwd(*fixed, True, 0)
     if backend != "portable":
         assert (e.view(torch.int32) % 2**13 == 0).all()
-    assert_right(p, 1e-4, 2 * rounding_error(p, p.x.dtype, label_smoothing=0.1), label_smoothing=0.1)
+    assert_right(
+        p, 1e-4, 2 * rounding_error(p, p.x.dtype, label_smoothing=0.1), label_smoothing=0.1
+    )
 
 
 @pytest.mark.parametrize(("n", "d"), [(200, 40), (70, 300)])
