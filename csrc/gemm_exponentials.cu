@@ -59,7 +59,7 @@ static_assert(kWarpgroup * (kProducerRegisters + 2 * kMultiplierRegisters) <=
 
 // Tiles go down groups of so many rows of tiles, then on to the next classes: the tiles under way
 // at a time share few rows of x and few of w, and stay in the L2.
-constexpr int64_t kGroupTiles = 16;
+constexpr int64_t kGroupTiles = 8;
 
 struct Tiles {
   int64_t rows, classes;
