@@ -58,11 +58,17 @@ def with_section(readme: str, text: str) -> str:
 
 
 def section(runs: dict[str, dict]) -> str:
-    """The README's: one table a run."""
-    parts = []
+    """The README's: one table for all runs of one machine and one state of the code."""
+    together: dict[tuple, dict[str, dict]] = {}
     for name, result in runs.items():
-        link = f"[benchmarks/results/{name}](benchmarks/results/{name})"
-        parts += [overview(result), "", f"{where(result)}. `{result['command']}`, {link}.", ""]
+        key = where(result), result["machine"]["commit"]
+        together.setdefault(key, {})[name] = result
+    parts = []
+    for (device, _), those in together.items():
+        text = overview(*those.values())
+        if text:
+            links = [f"[{name}](benchmarks/results/{name})" for name in those]
+            parts += [text, "", f"{device}. From {', '.join(links)}.", ""]
     return "\n".join(parts + no_gpu(runs))
 
 
@@ -90,8 +96,7 @@ def where(result: dict) -> str:
     device = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['threads']} threads"
     cuda = f", CUDA {facts['cuda']}" if facts["gpu"] else ""
     graph = ", CUDA graphs" if result["settings"]["graph"] else ""
-    unfinished = "" if result["complete"] else " (unfinished)"
-    return f"{device}, torch {facts['torch']}{cuda}{graph}{unfinished}"
+    return f"{device}, torch {facts['torch']}{cuda}{graph}"
 
 
 def facts(name: str, result: dict) -> str:
@@ -100,12 +105,13 @@ def facts(name: str, result: dict) -> str:
     rates = [f"{rate / 1e12:.3g} TFLOP/s {dtype}" for dtype, rate in limits["flops"].items()]
     peers = [f"{package} {version}" for package, version in machine["packages"].items()]
     how = "CUDA graphs" if settings["graph"] else "eager calls"
+    done = "" if result["complete"] else " It was interrupted: cases are missing."
     return (
         f"`{result['command']}`, [{name}]({name}). {machine['date']}, commit {machine['commit']}"
         f"{' with changes' if machine['dirty'] else ''}, Python {machine['python']}"
         f"{', ' if peers else ''}{', '.join(peers)}; load before: {machine['load']:.2f}; {how}, "
         f"{'cold' if settings['cold'] else 'hot'} caches; λ = {settings['lam']:g}. "
-        f"Measured limits: {limits['bandwidth'] / 1e9:.3g} GB/s, {', '.join(rates)}."
+        f"Measured limits: {limits['bandwidth'] / 1e9:.3g} GB/s, {', '.join(rates)}.{done}"
     )
 
 

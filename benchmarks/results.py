@@ -37,8 +37,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def committed() -> list[Path]:
-    """The files that the report is made of: a device's, then what else was measured on it."""
-    return sorted(RESULTS.glob("*.json"), key=lambda path: path.stem)
+    """The files that the report is made of: a device's, then what else was measured on it; CPUs
+    last.
+    """
+    return sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem[:3] == "cpu", path.stem))
 
 
 def cases(result: dict) -> list[Case]:

@@ -33,15 +33,24 @@ def ranked(rows: Iterable[dict]) -> list[dict]:
     return sorted((row for row in losses if longest(row)), key=lambda row: longest(row)["ms"])
 
 
-def overview(result: dict) -> str:
-    """The standard shapes at margins above 1: ours beside those that a user would think of."""
+def overview(*runs: dict) -> str:
+    """The standard shapes at margins above 1: ours beside those that a user would think of. Empty
+    where there are none.
+    """
     heads = ["N, D, C", "type", "ours, ms", PLAIN, "published layer", MetricLearning.name]
     heads += ["fastest other", "products alone", f"ours / {PLAIN}"]
     heads += ["peak MB: ours", PLAIN, "error: loss", "gradient"]
+    shapes = list(dict.fromkeys(GPU_SHAPES + CPU_SHAPES))
+    shown = [
+        (case, rows)
+        for run in runs
+        for case, rows in by_case(run)
+        if case.margin > 1 and case.shape in shapes and OURS.name in rows
+    ]
+    types = list(dict.fromkeys(case.dtype for case, _ in shown))
+    shown.sort(key=lambda pair: (types.index(pair[0].dtype), shapes.index(pair[0].shape)))
     lines = []
-    for case, rows in by_case(result):
-        if case.margin == 1 or case.shape not in CPU_SHAPES + GPU_SHAPES or OURS.name not in rows:
-            continue
+    for case, rows in shown:
         ours, plain = rows[OURS.name], rows.get(PLAIN)
         others = [row for row in ranked(rows.values()) if not is_ours(row)]
         lines.append(
@@ -59,7 +68,7 @@ def overview(result: dict) -> str:
                 error(ours, "dx", "dw"),
             ]
         )
-    return table(heads, lines)
+    return table(heads, lines) if lines else ""
 
 
 def case_table(rows: Sequence[dict]) -> str:

@@ -174,8 +174,11 @@ cudaError_t launch_backward_rows(const BackwardRows<T>& params, cudaStream_t str
 
 template <typename T, bool kWide>
 cudaError_t launch_finish_gradients(const FinishGradients<T, kWide>& params, cudaStream_t stream) {
-  return launch(finish_gradients_kernel<T, kWide>, params.n, threads_for(8 * params.d), stream,
-                params);
+  // A block is a row of dX first. Where classes have many rows, one for each column that it adds up
+  // matters more.
+  const bool long_sums = params.dw != nullptr && params.n >= 4 * params.width;
+  return launch(finish_gradients_kernel<T, kWide>, params.n,
+                threads_for((long_sums ? 8 : 2) * params.d), stream, params);
 }
 
 #define LSOFTMAX_INSTANTIATE(T)                                                                 \

@@ -58,6 +58,7 @@ FACES = Part(
 )
 PARTS = {
     "mnist": labelled(MNIST),
+    "mnist-gpu": labelled(MNIST),
     "mnist-paper": labelled(MNIST),
     "cifar10": labelled(CIFAR10),
     "cifar10-augmented": labelled(CIFAR10_AUGMENTED),
