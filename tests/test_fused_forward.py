@@ -153,6 +153,25 @@ def test_its_bits_repeat(backend: str, device: str, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
+def test_captured(backend: str, device: str, monkeypatch) -> None:
+    """In a CUDA graph, replayed on other features: what is prepared on the host stays right."""
+    if backend != "cuda":
+        pytest.skip("needs a GPU")
+    monkeypatch.setenv(SWITCH, "1")
+    p, other = (problem(300, 64, 1000, torch.bfloat16, device) for _ in range(2))
+    for _ in range(2):
+        p.loss()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = p.loss()
+    with torch.no_grad():
+        p.x.copy_(other.x)
+    graph.replay()
+    for value, expected in zip(captured, p.loss(), strict=True):
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.usefixtures("hopper")
 def test_sanitizer_smoke_of_hopper(device: str, monkeypatch) -> None:
     """Tails in every dimension, and a row to do again: see test_loss.py's."""
     p = problem(70, 72, 300, torch.bfloat16, device)
