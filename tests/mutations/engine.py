@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .kernels import CHUNKS, OPTIONS, SIZES, kernel
+from .kernels import CHUNKS, OPTIONS, SIZES, hopper, kernel
 
 CHUNK_OPTIONS = "test_chunks.py::test_every_option"
 
@@ -116,8 +116,8 @@ FAULTS = [
         "",
         "test_fused_forward.py::test_chunks_take_it",
     ),
-    kernel(
-        "Hopper: the references of chunks are rounded once more",
+    hopper(
+        "the references of chunks are rounded once more",
         "exponential_rows.cu",
         "rounded ? whole : units",
         "rounded && whole < 0 ? whole : units",
