@@ -87,29 +87,39 @@ class Budgeted(Provider):
         return Bound(loss, (x, w))
 
 
+SWITCH = "LSOFTMAX_FUSED_FORWARD"
+
+
+@contextmanager
+def forward_apart() -> Iterator[None]:
+    """Within, Hopper too has product and row pass apart, in backward's chunks as well."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"  # by hand: mock.patch.dict takes as long as a small step
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
+
+
+class BoundApart(Bound):
+    evaluate = forward_apart()(Bound.evaluate)
+    step = forward_apart()(Bound.step)
+
+
 class Apart(Provider):
     """Ours with product and row pass apart, where Hopper has one kernel for them: bfloat16."""
 
     name, arrays, profiled = "ours (forward apart)", 3, True
     cuda_only = True
     types = ("bfloat16",)
-    switch = "LSOFTMAX_FUSED_FORWARD"
 
     def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
         if torch.cuda.get_device_capability(x.device) != (9, 0):
             raise UnsupportedError("needs compute capability 9.0")
-        return super().bind(x, w, y, margin, lam)
-
-    def loss(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Tensor:
-        before = os.environ.get(self.switch)
-        os.environ[self.switch] = "0"  # by hand: mock.patch.dict takes as long as a small step
-        try:
-            return functional.lsoftmax_loss(x, w, y, margin, lam)
-        finally:
-            if before is None:
-                del os.environ[self.switch]
-            else:
-                os.environ[self.switch] = before
+        return BoundApart(partial(functional.lsoftmax_loss, x, w, y, margin, lam), (x, w))
 
 
 def whole(x: Tensor, w: Tensor) -> int:

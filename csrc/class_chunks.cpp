@@ -13,7 +13,9 @@ void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_
                           const Rows& rows, cudaStream_t stream) {
   const int64_t n = loss.n(), c = loss.c(), chunk = std::min(class_chunk, c);
   if (n == 0) return;
-  if (can_fuse_forward(loss)) return fused_forward(loss, margin, Tensor(), rows, stream);
+  if (can_fuse_forward(loss) && fused_forward_columns(loss) <= padded(chunk)) {
+    return fused_forward(loss, margin, Tensor(), rows, stream);
+  }
   const Panel panel = make_panel(loss, n, padded(chunk), /*keep_e=*/false);
   const Tensor state =
       chunk < c ? at::empty({7, n}, loss.x.options().dtype(at::kDouble)) : Tensor();
@@ -58,11 +60,10 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream
   const int64_t n = loss.n(), d = loss.d(), c = loss.c(), chunk = std::min(class_chunk, c);
   const int64_t e_rows = loss.e_rows(n);
   const Tensor &x = loss.x, &w = loss.w;
-  const bool fused = can_fuse_forward(loss);
-  const Panel panel =
-      fused ? Panel{Tensor(), allocate("the exponentials", {n, padded(chunk)}, loss.e_options())}
-            : make_panel(loss, n, padded(chunk), /*keep_e=*/true);
-  const Tensor binary_reference = fused ? in_units_of_log2(reference, stream) : Tensor();
+  Loss part = loss;  // a chunk's classes: what they are to be computed by
+  part.w = w.narrow(0, 0, chunk);
+  const Panel panel = forward_panel(part, padded(chunk), /*keep_e=*/true);
+  const bool fused = !panel.z.defined();
   const auto e_type = panel.e.scalar_type();
   Tensor dx, dw, product, slice;
   if (need_input) product = allocate("a product", {e_rows, d}, loss.wide());
@@ -75,7 +76,7 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream
   for (int64_t first = 0; first < c; first += chunk) {
     const int64_t width = std::min(chunk, c - first);
     if (fused) {
-      fused_exponentials(loss, binary_reference, panel.e, first, width, stream);
+      fused_exponentials(loss, reference, panel.e, first, width, stream);
     } else {
       make_logits(loss, panel, first, width);
       exponentials(loss, rows, reference, panel, first, width, stream);

@@ -47,10 +47,13 @@ struct RowOfTile {
   }
   __device__ bool plain() const { return end == kTileClasses && target < 0; }
 
-  // Two comparisons a logit are a third of the epilogue: most warps have no need of them.
-  template <bool kPlain>
+  // Two comparisons a logit are a third of the epilogue: most warps have no need of them. The
+  // difference first: log2(e) z of a huge z would be off by many units.
+  template <bool kPlain, bool kClamp>
   __device__ float exponential(float z, int column) const {
-    const float e = hopper::exp2_fast(fmaf(z, kLog2E, -reference));
+    float above = (z - reference) * kLog2E;
+    if (kClamp && above > kSafe) above = kSafe;  // NaN stays
+    const float e = hopper::exp2_fast(above);
     return kPlain || (column < end && column != target) ? e : 0.0f;
   }
 };
@@ -77,14 +80,16 @@ struct Epilogue {
   __device__ void finish(const float (&sums)[hopper::kAccumulators]) const {
     const RowOfTile u(p, upper, tile.first_class), l(p, lower, tile.first_class);
     const bool plain = __all_sync(kFullMask, u.plain() && l.plain());
-    if (p.e != nullptr) {
-      plain ? take<true, true>(sums, u, l) : take<false, true>(sums, u, l);
-    } else {
-      plain ? take<true, false>(sums, u, l) : take<false, false>(sums, u, l);
+    if (p.e == nullptr) {
+      plain ? take<true, false, false>(sums, u, l) : take<false, false, false>(sums, u, l);
+    } else if (p.partial != nullptr) {
+      plain ? take<true, true, false>(sums, u, l) : take<false, true, false>(sums, u, l);
+    } else {  // without sums nobody would see that an exponential is too large
+      plain ? take<true, true, true>(sums, u, l) : take<false, true, true>(sums, u, l);
     }
   }
 
-  template <bool kPlain, bool kStore>
+  template <bool kPlain, bool kStore, bool kClamp>
   __device__ void take(const float (&sums)[hopper::kAccumulators], const RowOfTile& u,
                        const RowOfTile& l) const {
     const auto words = hopper::dynamic_shared<uint32_t>() + warp * kWarpPieces * kPieceWords;
@@ -95,10 +100,10 @@ struct Epilogue {
       for (int piece = 0; piece < kPieces; ++piece) {
         const int i = (chunk / kPieceClasses + piece) * 4;  // see kAccumulators
         const int column = chunk + piece * kPieceClasses + lane % 4 * 2;
-        const float u0 = u.exponential<kPlain>(sums[i], column);
-        const float u1 = u.exponential<kPlain>(sums[i + 1], column + 1);
-        const float l0 = l.exponential<kPlain>(sums[i + 2], column);
-        const float l1 = l.exponential<kPlain>(sums[i + 3], column + 1);
+        const float u0 = u.exponential<kPlain, kClamp>(sums[i], column);
+        const float u1 = u.exponential<kPlain, kClamp>(sums[i + 1], column + 1);
+        const float l0 = l.exponential<kPlain, kClamp>(sums[i + 2], column);
+        const float l1 = l.exponential<kPlain, kClamp>(sums[i + 3], column + 1);
         upper_sum += u0 + u1;
         lower_sum += l0 + l1;
         if (!kStore) continue;

@@ -3,8 +3,8 @@
 // exponential_rows finds the rows whose reference was too far off: their exponentials have
 // overflowed, or are so large that backward's products might. Such a row is done anew by the block
 // that finds it, its logits computed twice from x and w, once for their maximum and once for E.
-// That reads w twice a row, and is for rows that hardly occur: a logit 60 log 2 = 41 above the
-// target's and a few hundred others'. The host need not know, so nothing waits for the device.
+// That reads w twice a row, and is for rows that hardly occur: a logit 80 above the target's and a
+// few hundred others'. The host need not know, so nothing waits for the device.
 
 #include <c10/macros/Macros.h>
 
@@ -15,12 +15,11 @@
 namespace lsoftmax {
 namespace {
 
-// Sums of exponentials between 2^-kSafe and 2^kSafe are used as they are: x / S, E and the products
-// of both stay in the range of bfloat16 and float.
-constexpr int kSafe = 60;
+// A reference lies so far above the logits it was found among, since others may be larger. Down to
+// 62 below the largest of a row exponentials are numbers yet.
+constexpr double kHeadroom = 25;
 constexpr int kRowThreads = 256;
 constexpr int kPack = 8;  // elements of x and w in 16 bytes
-constexpr double kLog2 = 0.69314718055994530942;
 
 using c10::BFloat16;
 
@@ -30,8 +29,6 @@ struct Larger {
 struct Add {
   __device__ double operator()(double p, double q) const { return p + q; }
 };
-
-__device__ float whole_reference(double logit) { return static_cast<float>(ceil(logit / kLog2)); }
 
 __global__ void __launch_bounds__(kMaxThreads) row_reference_kernel(RowReference p) {
   const int64_t i = blockIdx.x, y = p.target[i];
@@ -54,7 +51,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_reference_kernel(RowReference
   const MarginTerms m =
       margin_terms(sum.dot, sum.xx, sum.ww, p.margin, static_cast<double>(*p.lam));
   const double largest = static_cast<double>(peak);
-  p.reference[i] = whole_reference(largest > m.f ? largest : m.f);
+  p.reference[i] = static_cast<float>((largest > m.f ? largest : m.f) + kHeadroom);
   if (p.row_cosine != nullptr) p.row_cosine[i] = static_cast<float>(cosine(sum));
   p.margin_terms[i] = m.f;
   p.margin_terms[p.n + i] = m.alpha;
@@ -90,11 +87,11 @@ __device__ double redo_row(const ExponentialRows& p, int64_t i, double f) {
   }
   peak = block_reduce(peak, Larger{});
   const double largest = static_cast<double>(peak);
-  const float reference = whole_reference(largest > f ? largest : f);
+  const float reference = static_cast<float>(largest > f ? largest : f);
   double sum = 0;
   for (int64_t j = first; j < p.c; j += warps) {
     const float z = logit(x, p.w + j * p.d, p.d);
-    const float e = j == y ? 0.0f : exp2f(fmaf(z, kLog2E, -reference));
+    const float e = j == y ? 0.0f : exponential(z - reference);
     if (lane != 0) continue;
     sum += static_cast<double>(e);
     if (p.e != nullptr) p.e[i * p.e_stride + j] = static_cast<BFloat16>(e);
@@ -113,7 +110,7 @@ __global__ void __launch_bounds__(kMaxThreads) exponential_rows_kernel(Exponenti
   }
   const MarginTerms m{p.margin_terms[i], p.margin_terms[p.n + i], p.margin_terms[2 * p.n + i],
                       p.margin_terms[3 * p.n + i]};
-  double r = static_cast<double>(p.reference[i]) * kLog2, e_sum = 0;
+  double r = static_cast<double>(p.reference[i]), e_sum = 0;
   for (int64_t k = threadIdx.x; k < class_tiles(p.c); k += blockDim.x) {
     e_sum += static_cast<double>(p.partial[i * class_tiles(p.c) + k]);
   }
@@ -122,7 +119,7 @@ __global__ void __launch_bounds__(kMaxThreads) exponential_rows_kernel(Exponenti
   if (!(s >= ldexp(1.0, -kSafe) && s <= ldexp(1.0, kSafe))) {  // also where it is NaN
     e_sum = redo_row(p, i, m.f);
     __syncthreads();  // thread 0 has written the reference
-    r = static_cast<double>(p.reference[i]) * kLog2;
+    r = static_cast<double>(p.reference[i]);
     s = e_sum + exp(m.f - r);
   }
   if (threadIdx.x != 0) return;
@@ -135,15 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads) exponential_rows_kernel(Exponenti
   p.rows[p.n + i] = static_cast<float>(terms.input_share);
   p.rows[2 * p.n + i] = static_cast<float>(terms.weight_share);
   p.rows[3 * p.n + i] = static_cast<float>(terms.target_share);
-  p.rows[4 * p.n + i] = static_cast<float>(r);
-}
-
-__global__ void __launch_bounds__(kMaxThreads) binary_reference_kernel(BinaryReference p) {
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= p.n) return;
-  const double units = static_cast<double>(p.reference[i]) / kLog2, whole = rint(units);
-  const bool rounded = static_cast<float>(whole * kLog2) == p.reference[i];
-  p.binary[i] = static_cast<float>(rounded ? whole : units);
+  p.rows[4 * p.n + i] = p.reference[i];
 }
 
 }  // namespace
@@ -152,12 +141,6 @@ cudaError_t launch_row_reference(const RowReference& params, cudaStream_t stream
   if (params.n == 0) return cudaSuccess;
   const int64_t longer = params.d > params.p ? params.d : params.p;
   return launch(row_reference_kernel, params.n, threads_for(longer), stream, params);
-}
-
-cudaError_t launch_binary_reference(const BinaryReference& params, cudaStream_t stream) {
-  if (params.n == 0) return cudaSuccess;
-  const int64_t blocks = (params.n + kRowThreads - 1) / kRowThreads;
-  return launch(binary_reference_kernel, blocks, kRowThreads, stream, params);
 }
 
 cudaError_t launch_exponential_rows(const ExponentialRows& params, cudaStream_t stream) {

@@ -44,6 +44,10 @@ bool can_fuse_forward(const Loss& loss) {
          wanted(loss) && gemm_exponentials_supported(product_of(loss, padded(loss.c())));
 }
 
+int64_t fused_forward_columns(const Loss& loss) {
+  return class_tiles(loss.c()) + std::min(loss.c(), kPilotClasses);
+}
+
 void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Rows& rows,
                    cudaStream_t stream) {
   const int64_t n = loss.n(), pilots = std::min(loss.c(), kPilotClasses);
@@ -94,13 +98,6 @@ void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, cons
   C10_CUDA_CHECK(launch_row_reference(first, stream));
   C10_CUDA_CHECK(launch_gemm_exponentials(product, stream));
   C10_CUDA_CHECK(launch_exponential_rows(last, stream));
-}
-
-Tensor in_units_of_log2(const Tensor& reference, cudaStream_t stream) {
-  const Tensor binary = at::empty_like(reference);
-  C10_CUDA_CHECK(launch_binary_reference(
-      {pointer<float>(reference), mutable_pointer<float>(binary), reference.size(0)}, stream));
-  return binary;
 }
 
 void fused_exponentials(const Loss& loss, const Tensor& reference, const Tensor& e,

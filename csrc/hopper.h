@@ -7,9 +7,6 @@
 //   exponential_rows   the loss and backward's row statistics; does rows anew whose reference was
 //                      too far from their largest logit
 // Label smoothing needs sums of the logits themselves: there the product and the row pass serve.
-//
-// References count in units of log 2 and are whole numbers: 2^(z log2(e) - reference) then has one
-// rounding, however large the logits, and reference * log(2) is known to double precision.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -19,6 +16,9 @@
 namespace lsoftmax {
 
 constexpr float kLog2E = 1.44269504088896340736f;
+// Sums of exponentials between 2^-kSafe and 2^kSafe are used as they are: x / S, E and the products
+// of both stay in the range of bfloat16 and float.
+constexpr int kSafe = 80;
 constexpr int kTileRows = 128, kTileClasses = 256;  // of E, that a block computes at a time
 
 // Columns of GemmExponentials::partial.
@@ -45,8 +45,8 @@ struct RowReference {
   int margin;
 };
 
-// The larger of f and the pilot logits, the target's not counted. What a row's other logits may
-// exceed it by is exponential_rows' business; with a few hundred classes they hardly do.
+// 25 above the larger of f and the pilot logits, the target's not counted. What a row's other
+// logits may exceed it by is exponential_rows' business; with a few hundred classes they hardly do.
 cudaError_t launch_row_reference(const RowReference& params, cudaStream_t stream);
 
 struct GemmExponentials {
@@ -67,7 +67,8 @@ struct GemmExponentials {
 bool gemm_exponentials_supported(const GemmExponentials& params);
 
 // E_ij = exp(x_i . w_j - r_i) for j other than the target; 0 in the target's column, in ignored
-// rows, and up to the next multiple of 8. cudaErrorNotSupported where the above says no.
+// rows, and up to the next multiple of 8. Without sums, which would show it, never above 2^kSafe.
+// cudaErrorNotSupported where the above says no.
 cudaError_t launch_gemm_exponentials(const GemmExponentials& params, cudaStream_t stream);
 
 struct ExponentialRows {
@@ -84,16 +85,6 @@ struct ExponentialRows {
   int64_t n, d, c, e_stride;
   int64_t ignore_index;
 };
-
-struct BinaryReference {
-  const float* reference;  // (N,): a row of LossRows::rows or of ExponentialRows::rows
-  float* binary;           // (N,): the same in units of log 2, for GemmExponentials
-  int64_t n;
-};
-
-// A whole number of units of log 2 below 2^23, as exponential_rows rounded it, is that number
-// again.
-cudaError_t launch_binary_reference(const BinaryReference& params, cudaStream_t stream);
 
 // D must be a multiple of 8, x and w aligned to 16 bytes.
 cudaError_t launch_exponential_rows(const ExponentialRows& params, cudaStream_t stream);

@@ -23,12 +23,14 @@ struct Loss {
   at::TensorOptions wide() const { return x.options().dtype(accumulate_type(x)); }
   at::TensorOptions e_options() const { return x.options().dtype(e_type(x)); }
   bool e_is_wide() const { return e_type(x) == accumulate_type(x); }
-  // Whether the products with E take the target's part along. Not where E is narrower than its
-  // row's numbers, nor where there are many classes: the target's exponential is about the sum of
-  // all others', and a float that holds the one loses digits of each other that is added. There it
-  // is added after the products: see FinishGradients, which for few classes has long sums to do.
-  // Nor in a shard: its share of a row's exponentials, the unit of E, may vanish.
-  bool target_in_e() const { return !shard && e_is_wide() && c() <= 1024; }
+  // Whether the products with E take the target's part along. Not where E has fewer digits than its
+  // row's numbers (float16's has 11), nor where there are many classes: the target's exponential is
+  // about the sum of all others', and a float that holds the one loses digits of each other that is
+  // added. There it is added after the products: see FinishGradients, which for few classes has
+  // long sums to do. Nor in a shard: its share of a row's exponentials, the unit of E, may vanish.
+  bool target_in_e() const {
+    return !shard && e_is_wide() && x.scalar_type() != at::kHalf && c() <= 1024;
+  }
 
   Loss rows(int64_t first, int64_t count) const {
     Loss part = *this;
@@ -96,9 +98,9 @@ void loss_rows(const Loss& loss, const Margin& margin, const Panel& panel, int64
 bool can_fuse_forward(const Loss& loss);
 void fused_forward(const Loss& loss, const Margin& margin, const Tensor& e, const Rows& rows,
                    cudaStream_t stream);
-// The exponentials of some classes once more, as wide as there is room in `e` for them; against
-// references (N,) that `in_units_of_log2` makes of rows.saved[4].
-Tensor in_units_of_log2(const Tensor& reference, cudaStream_t stream);
+// Floats that fused_forward needs a row, beside E.
+int64_t fused_forward_columns(const Loss& loss);
+// The exponentials of some classes once more, against the references (N,) that forward chose.
 void fused_exponentials(const Loss& loss, const Tensor& reference, const Tensor& e,
                         int64_t first_class, int64_t width, cudaStream_t stream);
 

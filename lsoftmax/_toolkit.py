@@ -121,9 +121,9 @@ def library_headers(home: Path, torch: Any) -> list[str]:
     """Flags that find cuBLAS' headers (csrc/tf32.cpp) with torch, where the toolkit lacks them.
     After all others, so that nothing else changes.
     """
-    if (home / "include/cublas_v2.h").exists():
+    wanted = ("cublas_v2.h", "cublasLt.h", "cusparse.h", "cusolverDn.h")
+    if all((home / "include" / name).exists() for name in wanted):
         return []
     folders = sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))
-    wanted = ("cublas_v2.h", "cusparse.h", "cusolverDn.h")
     found = [folder for folder in folders if any((folder / name).exists() for name in wanted)]
     return [word for folder in found for word in ("-idirafter", str(folder))]

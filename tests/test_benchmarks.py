@@ -18,7 +18,8 @@ from benchmarks.providers import (
     PRODUCTS,
     PROVIDERS,
     REFERENCE,
-    Apart,
+    SWITCH,
+    BoundApart,
     Budgeted,
     Regime,
     regime_of,
@@ -226,18 +227,21 @@ def test_a_budget_is_kept_where_not_all_fits() -> None:
 def test_forward_apart_is_asked_for_by_its_calls_alone(
     before: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, seen = Apart.switch, []
-    monkeypatch.delenv(name, raising=False)
+    seen = []
+    monkeypatch.delenv(SWITCH, raising=False)
     if before is not None:
-        monkeypatch.setenv(name, before)
+        monkeypatch.setenv(SWITCH, before)
+    x = torch.ones((), requires_grad=True)
+    x.register_hook(lambda grad: seen.append(os.environ[SWITCH]))
 
-    def lsoftmax_loss(*_: object) -> torch.Tensor:
-        seen.append(os.environ[name])
-        raise RuntimeError("out of memory")
+    def loss() -> torch.Tensor:
+        seen.append(os.environ[SWITCH])
+        return x * 2
 
-    monkeypatch.setattr(functional, "lsoftmax_loss", lsoftmax_loss)
-    p = problem(4, 3, 5)
-    with pytest.raises(RuntimeError, match="memory"):
-        Apart().loss(p.x, p.w, p.y, 2, 0.0)
-    assert seen == ["0"]
-    assert os.environ.get(name) == before
+    bound = BoundApart(loss, (x, x))
+    bound.evaluate()
+    bound.step()
+    assert seen == ["0"] * 3, "forward twice, and backward"
+    with pytest.raises(ZeroDivisionError):
+        BoundApart(lambda: 1 / 0, (x, x)).step()
+    assert os.environ.get(SWITCH) == before

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from cases import WAYS, on_the_way
+from chunks import run
 from lsoftmax import functional, reference
 from problems import Problem, assert_right, problem, relative_error, with_peaks
 
@@ -129,6 +130,21 @@ def test_rows_far_below_and_above_zero(device: str) -> None:
         p.x[:, 0], p.w[:, 0] = 100.0, 10.0
         p.x[3:, 0] = -100.0
     assert_right(p, 1e-5, 1e-4, margin=2, lam=1.0)
+
+
+@pytest.mark.parametrize("margin", [2, 4, 10])
+@pytest.mark.parametrize("classes", [500, 1100])
+def test_float16_features_on_their_class_vectors(classes: int, margin: int, device: str) -> None:
+    """There `alpha w_y` and `beta x` are m^2 times their sum: neither may be cut to 11 digits."""
+    x = torch.randn(32, 32, device=device)
+    x *= 4 / x.norm(dim=1, keepdim=True)
+    w = torch.randn(classes, 32, device=device)
+    w[:32] = x + 0.02 * 4 / 32**0.5 * torch.randn(32, 32, device=device)
+    x, w = (matrix.half().requires_grad_() for matrix in (x, w))
+    p = Problem(x, w, torch.arange(32, device=device))
+    ours = run(p, ("rows", 32), margin=margin)  # gradients in float32
+    for value, true in zip(ours[1:], p.true_loss(margin=margin, lam=0.0)[1:], strict=True):
+        assert relative_error(value, true) < 1e-3
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -147,4 +147,7 @@ def test_the_libraries_headers_are_found_with_torch(tmp_path: Path) -> None:
     home = tmp_path / "home"
     assert _toolkit.library_headers(home, torch) == ["-idirafter", str(cublas)]
     (home / "include/cublas_v2.h").touch()
+    assert _toolkit.library_headers(home, torch) == ["-idirafter", str(cublas)]
+    for name in ("cublasLt.h", "cusparse.h", "cusolverDn.h"):
+        (home / "include" / name).touch()
     assert _toolkit.library_headers(home, torch) == []

@@ -81,7 +81,7 @@ def load_hopper(sanitize: bool = False) -> ctypes.CDLL:
     ``hopper_selftest_run(case)`` is to the emulation of Hopper what ``selftest_run`` is to all.
     """
     library = ctypes.CDLL(_build("emulation_hopper", sanitize))
-    for name in ("row_reference", "gemm_exponentials", "exponential_rows", "binary_reference"):
+    for name in ("row_reference", "gemm_exponentials", "exponential_rows"):
         getattr(library, f"hopper_{name}").argtypes = [ctypes.c_void_p]
         getattr(library, f"hopper_{name}").restype = ctypes.c_char_p
     library.hopper_selftest_run.argtypes = [ctypes.c_char_p]

@@ -9,9 +9,6 @@ extern "C" const char* hopper_row_reference(const void* params) {
 extern "C" const char* hopper_gemm_exponentials(const void* params) {
   return run_launcher(lsoftmax::launch_gemm_exponentials, params);
 }
-extern "C" const char* hopper_binary_reference(const void* params) {
-  return run_launcher(lsoftmax::launch_binary_reference, params);
-}
 extern "C" const char* hopper_exponential_rows(const void* params) {
   return run_launcher(lsoftmax::launch_exponential_rows, params);
 }
