@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chunks import IN_BUDGET, assert_close, bounds_for, fixed_arguments, run
-from problems import problem
+from problems import problem, relative_error
 from test_loss import FLOATS, OPTIONS
 
 # One class, one and more packs, ragged, all, more than all; and as many rows.
@@ -26,6 +26,19 @@ def test_every_size_of_chunk(way: tuple[str, int], dtype: torch.dtype, device: s
     p = problem(33, 24, 101, dtype, device)
     options = {"margin": 4, "lam": 0.5}
     assert_close(run(p, way, **options), p.true_loss(**options), *bounds_for(p, **options))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-2), (torch.float16, 6e-3)])
+def test_sums_over_chunks_are_wide(dtype: torch.dtype, bound: float, device: str) -> None:
+    """All class vectors have 50 in common, which cancels at the end: what is rounded on the way
+    there to 16 bits shows.
+    """
+    p = problem(33, 24, 101, dtype, device)
+    with torch.no_grad():
+        p.w[:, 0] += 50
+        p.x[:, 0] = 0
+    _, dx, _ = run(p, ("classes", 1), margin=1)
+    assert relative_error(dx, p.true_loss(margin=1, lam=0.0)[1]) < bound
 
 
 @pytest.mark.parametrize(("n", "d", "c"), [(1, 1, 1), (1, 7, 10), (5, 2, 1), (40, 513, 9)])
