@@ -68,7 +68,8 @@ class Regime(Provider):
     def budget(self, x: Tensor, w: Tensor) -> int:
         """The largest, in steps of a fifth, that leads to the regime in training."""
         x = x.detach().requires_grad_()
-        for budget in (UNLIMITED, *(int(whole(x, w) * 0.8**k) + 1 for k in range(1, 31))):
+        most = whole(x, w)
+        for budget in (UNLIMITED, *(int(most * 0.8**k) + 1 for k in range(1, 31))):
             if regime_of(functional.plan(x, w, memory_budget=budget)) == self.regime:
                 return budget
         raise UnsupportedError(f"no memory budget leads to {self.regime} here")

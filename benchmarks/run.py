@@ -55,7 +55,7 @@ def measure(
     gc.collect()
     gc.freeze()  # what is there to stay: looking through it takes longer than many a case
     x, w, y = draw(case, device)
-    truth = Truth(x, w, y)
+    truth, scale = Truth(x, w, y), gradient_scale(case)
     rows, calls = [], {}
     for provider in providers:
         progress(provider.name)
@@ -67,8 +67,8 @@ def measure(
                 bound = provider.bind(x, w, y, case.margin, settings.lam)
                 frozen = provider.bind(x.detach(), w.detach(), y, case.margin, settings.lam)
                 if not provider.limit:
-                    _check(row, truth, bound, gradient_scale(case))
-                calls |= _calls(row, bound, frozen, settings, provider.profiled)
+                    _check(row, truth, bound, scale)
+                calls |= _calls(row, bound, frozen, settings, scale, provider.profiled)
             except Exception as error:  # a provider may fail in any way, and the others go on
                 _fail(row, error)
         if device.type == "cuda":
@@ -136,10 +136,9 @@ def _check(row: dict, truth: Truth, bound: Bound, scale: float) -> None:
 
 
 def _calls(
-    row: dict, bound: Bound, frozen: Bound, settings: Settings, profiled: bool
+    row: dict, bound: Bound, frozen: Bound, settings: Settings, scale: float, profiled: bool
 ) -> dict[tuple[str, str], Callable[[], object]]:
     """What is to be timed; memory and launches are taken here, of the longest pass asked for."""
-    scale = gradient_scale(Case(**row["case"]))
 
     def step() -> tuple:
         return bound.step(scale)

@@ -201,6 +201,7 @@ template <typename T>
 __device__ void finish_row(const LossRows<T>& p, int64_t i, const MarginTerms& m,
                            const RowSums<double>& sums) {
   using A = typename Storage<T>::Acc;
+  using E = typename Storage<T>::E;
   const int64_t y = p.target[i];
   Smoothing q{1, static_cast<double>(p.c), p.label_smoothing, static_cast<double>(p.c)};
   if (p.class_weight != nullptr) {
@@ -215,9 +216,7 @@ __device__ void finish_row(const LossRows<T>& p, int64_t i, const MarginTerms& m
   p.rows[2 * p.n + i] = static_cast<A>(terms.weight_share);
   p.rows[3 * p.n + i] = static_cast<A>(terms.target_share);
   p.rows[4 * p.n + i] = static_cast<A>(sums.reference);
-  if (p.e != nullptr && p.target_in_e) {
-    p.e[i * p.e_stride + y] = as_exponential<T>(static_cast<A>(terms.e_y));
-  }
+  if (p.e != nullptr && p.target_in_e) p.e[i * p.e_stride + y] = static_cast<E>(terms.e_y);
 }
 
 // What chunks of classes hand on, in double so that any number of them adds up.

@@ -43,9 +43,7 @@ struct Factor {
 }  // namespace
 
 void matmul_tf32(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  if (!a.is_cuda() || !fits(a) || !fits(b) || !fits(out) || !row_major(out)) {
-    return matmul(out, a, b, add);
-  }
+  if (!fits(a) || !fits(b) || !fits(out) || !row_major(out)) return matmul(out, a, b, add);
   const Factor left(b), right(a);  // out' = b' a'
   const float one = 1, beta = add ? 1 : 0;
   const cublasStatus_t status = cublasGemmEx(
