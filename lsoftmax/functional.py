@@ -21,7 +21,7 @@ from .checks import (
     lam_tensor,
 )
 from .margin import accumulate_type
-from .plan import Plan, choose
+from .plan import Plan, choose, fuses_forward
 
 __all__ = ["lsoftmax_linear", "lsoftmax_loss", "plan", "psi"]
 
@@ -84,10 +84,10 @@ def lsoftmax_loss(
         ignore_index: the target whose rows count for nothing.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         memory_budget: bytes that what is N x C may take; None: a quarter of the memory that is free
-            when it is more than 64 MB. Where it is not enough, or a CPU is faster so, the loss is
-            computed in chunks (:func:`lsoftmax.functional.plan` says how). The last bits of the
-            result depend on the chunks: give a budget where they must repeat on a machine with
-            other things to do.
+            or, without asking, 64 MB or a 256th of a GPU. Where it is not enough, or a CPU is
+            faster so, the loss is computed in chunks (:func:`lsoftmax.functional.plan` says how).
+            The last bits of the result depend on the chunks: give a budget where they must repeat
+            on a machine with other things to do.
 
     Returns:
         The loss, float32 (float64 for float64 input): scalar, or the shape of ``target`` for
@@ -160,7 +160,7 @@ def loss_and_cosine(
         REDUCTIONS[reduction],
         ignore_index,
         float(label_smoothing),
-        _plan(rows, linear_weight, reduction, memory_budget),
+        _plan(rows, linear_weight, reduction, memory_budget, label_smoothing),
     )
     return loss.reshape(target.shape) if reduction == "none" else loss, cosine
 
@@ -170,11 +170,13 @@ def plan(
     linear_weight: Tensor,
     reduction: str = "mean",
     memory_budget: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Plan:
     """How :func:`lsoftmax_loss` would compute the loss of these arguments now.
 
     Args:
-        input, linear_weight, reduction, memory_budget: as for :func:`lsoftmax_loss`.
+        input, linear_weight, reduction, memory_budget, label_smoothing: as for
+            :func:`lsoftmax_loss`.
 
     Returns:
         ``class_chunk``: classes a chunk, with the exponentials made again in backward (8 N C D
@@ -186,12 +188,27 @@ def plan(
     """
     input, linear_weight = autocast(input, linear_weight)
     check_features(input, linear_weight)
-    check_loss_options(reduction)
+    check_loss_options(reduction, label_smoothing=label_smoothing)
     check_memory_budget(memory_budget)
-    return _plan(input.reshape(-1, input.shape[-1]), linear_weight, reduction, memory_budget)
+    rows = input.reshape(-1, input.shape[-1])
+    return _plan(rows, linear_weight, reduction, memory_budget, label_smoothing)
 
 
-def _plan(rows: Tensor, linear_weight: Tensor, reduction: str, memory_budget: int | None) -> Plan:
+def _plan(
+    rows: Tensor,
+    linear_weight: Tensor,
+    reduction: str,
+    memory_budget: int | None,
+    label_smoothing: float,
+) -> Plan:
+    fused = (
+        rows.dtype == torch.bfloat16
+        and label_smoothing == 0
+        and rows.shape[1] % 8 == 0  # bulk copies want rows that begin at a multiple of 16 bytes
+        and _begins_a_pack(rows)
+        and _begins_a_pack(linear_weight)
+        and fuses_forward(rows.device)
+    )
     return choose(
         rows.shape[0],
         rows.shape[1],
@@ -201,7 +218,15 @@ def _plan(rows: Tensor, linear_weight: Tensor, reduction: str, memory_budget: in
         scalar=reduction != "none",
         needs_grad=torch.is_grad_enabled() and (rows.requires_grad or linear_weight.requires_grad),
         memory_budget=memory_budget,
+        fused=fused,
     )
+
+
+def _begins_a_pack(matrix: Tensor) -> bool:
+    """Whether a bfloat16 matrix begins at a multiple of 16 bytes: all do but parts of others, and a
+    compiler, which cannot ask, takes it for granted.
+    """
+    return torch.compiler.is_compiling() or matrix.storage_offset() % 8 == 0
 
 
 def lsoftmax_linear(

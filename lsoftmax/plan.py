@@ -8,12 +8,23 @@ from typing import NamedTuple
 
 import torch
 
+from . import _extension
+
 # Bytes a logit takes where all N x C are kept: in place of the logits, but for bfloat16, whose
 # float32 logits become exponentials in bfloat16.
 _BYTES = {torch.float64: 8, torch.float32: 4, torch.float16: 4, torch.bfloat16: 6}
 
-# So little that nobody asks how much memory there is: 64 MB.
+# Where the forward pass is one kernel there are the exponentials alone, and to each row float32
+# numbers of the first classes and of each tile of others. Its sizes, and from where on it is taken:
+# csrc/hopper.h and fused_forward.cpp.
+_FUSED_BYTES = 2
+_PILOT_CLASSES = 256
+_TILE_ROWS, _TILE_CLASSES, _LEAST_TILES = 128, 256, 128
+
+# So little that nobody asks how much memory there is, which takes a GPU's driver as long as it
+# takes to start ten kernels: 64 MB, of a large GPU this share of all it has.
 _LITTLE = 1 << 26
+_LITTLE_SHARE = 256
 
 # The share of the free memory that the logits may take: the model wants some as well.
 _SHARE = 4
@@ -60,6 +71,7 @@ def choose(
     scalar: bool,
     needs_grad: bool = True,
     memory_budget: int | None = None,
+    fused: bool = False,
 ) -> Plan:
     """The plan for (N, D) features and (C, D) weights.
 
@@ -70,27 +82,46 @@ def choose(
         scalar: whether the loss is one number (``reduction`` "mean" or "sum").
         needs_grad: whether there will be a backward pass.
         memory_budget: bytes for what is N x C; None: a quarter of the memory that is free.
+        fused: whether the forward pass is one kernel where sizes allow (``fuses_forward``).
     """
     size = _BYTES[dtype]
-    whole = n * num_classes * size
+    row = num_classes * size
+    beside = 4 * (_PILOT_CLASSES + -(-num_classes // _TILE_CLASSES))  # the exponentials of a row
+    fused = fused and n * row > _LITTLE and num_classes > _PILOT_CLASSES
+    fused_row = num_classes * _FUSED_BYTES + beside if fused else row
     if memory_budget is None:
-        memory_budget = _LITTLE if whole <= _LITTLE else free_memory(device) // _SHARE
-    chunked, most = whole > memory_budget, n
-    least = _LEAST_ROWS.get(device.type, n)
-    if device.type == "cpu" and whole > _KEPT_BY_MALLOC:
-        most = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // (num_classes * size))
-        chunked = chunked or n >= 2 * most
-    if chunked and scalar and needs_grad:
-        sums = 4 * (n + num_classes) * d  # of dX and dW, in float32
-        rows = min(most, (memory_budget - sums) // (num_classes * size))
-        if rows >= least:
-            rows = _even(n, rows, 1)
-            return Plan(0, rows, rows * num_classes * size + sums)
-    if whole <= memory_budget:
-        return Plan(0, 0, whole)
-    classes = max(_LEAST_CLASSES, memory_budget // (n * size))
-    classes = _even(num_classes, classes, _LEAST_CLASSES)
-    return Plan(classes, 0, classes * n * size)
+        whole = n * fused_row
+        little = whole <= _LITTLE or whole <= little_memory(device)
+        memory_budget = whole if little else free_memory(device) // _SHARE
+
+    def within_budget(row: int, size: int) -> Plan:
+        """The plan where a row takes ``row`` bytes, and of a chunk of classes ``size`` each."""
+        chunked, most = n * row > memory_budget, n
+        least = _LEAST_ROWS.get(device.type, n)
+        if device.type == "cpu" and n * row > _KEPT_BY_MALLOC:
+            most = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // row)
+            chunked = chunked or n >= 2 * most
+        if chunked and scalar and needs_grad:
+            sums = 4 * (n + num_classes) * d  # of dX and dW, in float32
+            rows = min(most, (memory_budget - sums) // row)
+            if rows >= least:
+                rows = _even(n, rows, 1)
+                return Plan(0, rows, rows * row + sums)
+        if n * row <= memory_budget:
+            return Plan(0, 0, n * row)
+        classes = max(_LEAST_CLASSES, memory_budget // (n * size))
+        classes = _even(num_classes, classes, _LEAST_CLASSES)
+        return Plan(classes, 0, classes * n * size)
+
+    if fused:
+        plan = within_budget(fused_row, _FUSED_BYTES)
+        rows, classes = plan.row_chunk or n, plan.class_chunk or num_classes
+        tiles = -(-rows // _TILE_ROWS) * -(-classes // _TILE_CLASSES)
+        # With chunks of classes forward still takes all at once, in the memory of a chunk.
+        enough = not plan.class_chunk or classes * _FUSED_BYTES >= beside
+        if classes > _PILOT_CLASSES and tiles >= _LEAST_TILES and enough:
+            return plan
+    return within_budget(row, size)
 
 
 def _even(total: int, most: int, multiple: int) -> int:
@@ -98,6 +129,26 @@ def _even(total: int, most: int, multiple: int) -> int:
     chunks = -(-total // most)
     size = -(-total // chunks)
     return -(-size // multiple) * multiple
+
+
+def fuses_forward(device: torch.device) -> bool:
+    """Whether the kernels have the forward pass of bfloat16 in one, and may take it there."""
+    if device.type != "cuda" or os.environ.get("LSOFTMAX_FUSED_FORWARD") == "0":
+        return False
+    kernels = _extension.status()
+    return (
+        kernels.loaded
+        and "9.0a" in kernels.archs
+        and torch.cuda.get_device_capability(device) == (9, 0)
+    )
+
+
+def little_memory(device: torch.device) -> int:
+    """Bytes on ``device`` for which to ask what is free is not worth while."""
+    if device.type != "cuda":
+        return _LITTLE
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    return max(_LITTLE, total // _LITTLE_SHARE)
 
 
 def free_memory(device: torch.device) -> int:
@@ -135,4 +186,5 @@ def _free_cuda_memory(device: torch.device) -> int:
 
 # torch.compiler.assume_constant_result, whose only other effect is that it imports torch._dynamo:
 # three times what the rest of the package takes together with torch itself.
-free_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _asks in (free_memory, little_memory, fuses_forward):
+    _asks._dynamo_marked_constant = True  # type: ignore[attr-defined]

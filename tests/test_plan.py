@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import lsoftmax
-from lsoftmax import functional
+from allocations import peak
+from lsoftmax import _extension, functional
 from lsoftmax import plan as planning
 from lsoftmax.plan import Plan, choose
 from problems import problem
@@ -27,11 +27,22 @@ def test_what_fits_is_kept() -> None:
 
 
 def test_little_is_kept_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To ask for the free memory takes time, and a small loss takes little."""
+    """To ask for the free memory takes time, and a small loss takes little: 64 MB, or a 256th."""
     monkeypatch.setattr(planning, "free_memory", lambda device: 1 / 0)
-    assert chosen(256, 512, 10_000)[:2] == (0, 0)
+    kept = (256, 512, 65_536)  # 100 MB
+    for gb, asks in ((8, True), (23, True), (25, False), (140, False)):
+        gpu = type("GPU", (), {"total_memory": gb << 30})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        assert chosen(256, 512, 10_000)[:2] == (0, 0)
+        if asks:
+            with pytest.raises(ZeroDivisionError):
+                chosen(*kept)
+        else:
+            assert chosen(*kept)[:2] == (0, 0)
+        with pytest.raises(ZeroDivisionError):
+            chosen(4096, 512, 1_000_000)
     with pytest.raises(ZeroDivisionError):
-        chosen(4096, 512, 1_000_000)
+        chosen(*kept, CPU)
 
 
 def test_a_capture_goes_the_way_of_the_steps_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +83,7 @@ def test_automatic_choice_keeps_to_a_quarter_of_what_is_free(
     free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "free_memory", lambda device: free)
+    monkeypatch.setattr(planning, "little_memory", lambda device: 0)
     for n, d, c in ((1024, 512, 100_000), (16_384, 512, 100_000), (4096, 512, 1_000_000)):
         for scalar in (True, False):
             assert chosen(n, d, c, scalar=scalar).bytes <= free / 4
@@ -135,6 +147,47 @@ def test_plan_reads_back_what_the_loss_does(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen[0].class_chunk > 0
 
 
+def test_exponentials_alone_are_counted_where_they_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels take features to exponentials at once, and these features they can take."""
+    monkeypatch.setattr(functional, "fuses_forward", lambda device: True)
+
+    def taken(d: int = 8, dtype: torch.dtype = torch.bfloat16, skip: int = 0, **options) -> float:
+        x, w = (torch.zeros(size, dtype=dtype) for size in (1000 * d, 20_000 * d + skip))
+        w = w[skip:].view(20_000, d)
+        plan = functional.plan(x.view(1000, d), w, memory_budget=1 << 30, **options)
+        return plan.bytes / 1000 / 20_000
+
+    assert 2 < taken() == taken(skip=8) < 2.1
+    assert taken(d=12) == taken(skip=4) == taken(label_smoothing=0.1) == 6
+    assert taken(dtype=torch.float16) == taken(dtype=torch.float32) == 4
+    monkeypatch.setattr(functional, "fuses_forward", lambda device: False)
+    assert taken() == 6
+
+
+@pytest.mark.parametrize(
+    ("fuses", "capability", "archs", "switch"),
+    [
+        (True, (9, 0), "8.0;9.0a", None),
+        (True, (9, 0), "9.0a+PTX", "1"),
+        (False, (9, 0), "8.0;9.0a", "0"),
+        (False, (9, 0), "8.0;9.0", None),
+        (False, (10, 0), "9.0a;10.0", None),
+        (False, (9, 0), "", None),
+    ],
+)
+def test_one_kernel_for_the_forward_pass_is_hoppers(
+    fuses: bool, capability: tuple, archs: str, switch: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = _extension.Status(built=True, loaded=bool(archs), reason="", archs=archs)
+    monkeypatch.setattr(_extension, "_status", status)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.delenv("LSOFTMAX_FUSED_FORWARD", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("LSOFTMAX_FUSED_FORWARD", switch)
+    assert planning.fuses_forward(CUDA) is fuses
+    assert not planning.fuses_forward(CPU)
+
+
 @pytest.mark.parametrize("budget", [0, -1, 1.5, "1", True])
 def test_bad_budgets(budget) -> None:
     p = problem(4, 3, 5)
@@ -161,13 +214,20 @@ def test_compiles_with_a_budget() -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_compiles_with_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking for it is no graph break: what it was is a constant of the compiled code."""
+@pytest.mark.parametrize("dynamic", [False, True], ids=["", "any number of rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_with_what_is_asked_of_the_device(
+    dtype: torch.dtype, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking is no graph break: what the answers were are constants of the compiled code."""
     torch._dynamo.reset()
     monkeypatch.setattr(planning, "_LITTLE", 0)
-    p = problem(12, 8, 50, torch.float32)
-    compiled = torch.compile(functional.lsoftmax_loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(p.x, p.w, p.y), functional.lsoftmax_loss(p.x, p.w, p.y))
+    compiled = torch.compile(
+        functional.lsoftmax_loss, fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for rows in (12, 20):
+        p = problem(rows, 8, 300, dtype)
+        torch.testing.assert_close(compiled(p.x, p.w, p.y), functional.lsoftmax_loss(p.x, p.w, p.y))
 
 
 def test_peak_memory_of_a_million_classes() -> None:
@@ -180,14 +240,7 @@ def test_peak_memory_of_a_million_classes() -> None:
         torch.autograd.grad(loss, (p.x, p.w))
 
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        step()
-    held = peak = 0
-    for event in run.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    assert 4 * c * d < peak < 4 * (c * d + n * d) + (16 << 20)
+    assert 4 * c * d < peak(step) < 4 * (c * d + n * d) + (16 << 20)
 
 
 def test_out_of_memory_says_what_to_do() -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from . import Fault
 from .kernels import CHUNKS, OPTIONS, SIZES, kernel
 
 CHUNK_OPTIONS = "test_chunks.py::test_every_option"
+
+
+def plan(name: str, text: str, instead: str) -> Fault:
+    """Of what the plan thinks that the engine does."""
+    tests = "test_engine_memory.py::test_the_plan_counts_what_is_held"
+    return Fault(f"plan: {name}", "lsoftmax/plan.py", text, instead, tests, "emulation")
+
 
 FAULTS = [
     kernel(
@@ -135,5 +143,21 @@ FAULTS = [
         "(bits + 0xfffu + (bits >> 13 & 1)) & ~0x1fffu",
         "(bits + 0x7ffu + (bits >> 12 & 1)) & ~0xfffu",
         "test_loss.py::test_float16_keeps_no_more_digits_than_tensor_cores_read",
+    ),
+    plan("an exponential of the one kernel's takes a byte", "_FUSED_BYTES = 2", "_FUSED_BYTES = 1"),
+    plan(
+        "one kernel makes the exponentials of chunks however small",
+        "and tiles >= _LEAST_TILES and",
+        "and",
+    ),
+    plan(
+        "the one kernel needs nothing beside the exponentials",
+        "classes * _FUSED_BYTES + beside if",
+        "classes * _FUSED_BYTES if",
+    ),
+    plan(
+        "the one kernel takes all classes in chunks of memory however small",
+        " and enough:",
+        ":",
     ),
 ]
