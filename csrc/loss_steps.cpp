@@ -4,6 +4,17 @@
 #include "loss.h"
 
 namespace lsoftmax {
+namespace {
+
+// Contiguous; and bfloat16, which Hopper's one kernel fetches in bulk, from a multiple of 16 bytes
+// on. Hardly a matrix is not, but for parts of others.
+Tensor as_rows(const Tensor& matrix) {
+  const Tensor rows = matrix.contiguous();
+  const bool begins_a_pack = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
+  return begins_a_pack || rows.scalar_type() != at::kBFloat16 ? rows : rows.clone();
+}
+
+}  // namespace
 
 Loss check_loss(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                 const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing) {
@@ -12,7 +23,7 @@ Loss check_loss(const Tensor& input, const Tensor& linear_weight, const Tensor& 
     CHECK_SHAPE(*weight, {linear_weight.size(0)});
     CHECK_LIKE(*weight, input, accumulate_type(input));
   }
-  return {input.contiguous(),  linear_weight.contiguous(),
+  return {as_rows(input),      as_rows(linear_weight),
           target.contiguous(), weight ? weight->contiguous() : Tensor(),
           ignore_index,        label_smoothing};
 }

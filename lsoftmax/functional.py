@@ -21,7 +21,7 @@ from .checks import (
     lam_tensor,
 )
 from .margin import accumulate_type
-from .plan import Plan, choose, fuses_forward
+from .plan import Plan, choose
 
 __all__ = ["lsoftmax_linear", "lsoftmax_loss", "plan", "psi"]
 
@@ -190,7 +190,7 @@ def plan(
     check_features(input, linear_weight)
     check_loss_options(reduction, label_smoothing=label_smoothing)
     check_memory_budget(memory_budget)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input if input.dim() == 2 else input.unsqueeze(0)
     return _plan(rows, linear_weight, reduction, memory_budget, label_smoothing)
 
 
@@ -201,14 +201,6 @@ def _plan(
     memory_budget: int | None,
     label_smoothing: float,
 ) -> Plan:
-    fused = (
-        rows.dtype == torch.bfloat16
-        and label_smoothing == 0
-        and rows.shape[1] % 8 == 0  # bulk copies want rows that begin at a multiple of 16 bytes
-        and _begins_a_pack(rows)
-        and _begins_a_pack(linear_weight)
-        and fuses_forward(rows.device)
-    )
     return choose(
         rows.shape[0],
         rows.shape[1],
@@ -218,15 +210,8 @@ def _plan(
         scalar=reduction != "none",
         needs_grad=torch.is_grad_enabled() and (rows.requires_grad or linear_weight.requires_grad),
         memory_budget=memory_budget,
-        fused=fused,
+        fusable=label_smoothing == 0,
     )
-
-
-def _begins_a_pack(matrix: Tensor) -> bool:
-    """Whether a bfloat16 matrix begins at a multiple of 16 bytes: all do but parts of others, and a
-    compiler, which cannot ask, takes it for granted.
-    """
-    return torch.compiler.is_compiling() or matrix.storage_offset() % 8 == 0
 
 
 def lsoftmax_linear(

@@ -45,6 +45,10 @@ _ROWS_PER_FEATURE = 2
 # Classes a chunk has at least, and a multiple of: whole 16-byte packs in every type.
 _LEAST_CLASSES = 8
 
+# Bytes of a row's own numbers, beside which a chunk of classes can be small: running sums in double
+# from chunk to chunk, and what is left of them for backward.
+_ROW_BYTES = 56 + 28
+
 
 class Plan(NamedTuple):
     """How a loss is computed; both 0: the N x C exponentials are kept for backward ("in budget").
@@ -71,7 +75,7 @@ def choose(
     scalar: bool,
     needs_grad: bool = True,
     memory_budget: int | None = None,
-    fused: bool = False,
+    fusable: bool = False,
 ) -> Plan:
     """The plan for (N, D) features and (C, D) weights.
 
@@ -82,17 +86,19 @@ def choose(
         scalar: whether the loss is one number (``reduction`` "mean" or "sum").
         needs_grad: whether there will be a backward pass.
         memory_budget: bytes for what is N x C; None: a quarter of the memory that is free.
-        fused: whether the forward pass is one kernel where sizes allow (``fuses_forward``).
+        fusable: whether the forward pass may be one kernel, where device, type and sizes allow.
     """
     size = _BYTES[dtype]
     row = num_classes * size
-    beside = 4 * (_PILOT_CLASSES + -(-num_classes // _TILE_CLASSES))  # the exponentials of a row
-    fused = fused and n * row > _LITTLE and num_classes > _PILOT_CLASSES
+    # Asked of the device last, and only where it matters.
+    fusable = fusable and dtype == torch.bfloat16 and d > 0 and d % 8 == 0
+    fused = fusable and n * row > _LITTLE and num_classes > _PILOT_CLASSES and fuses_forward(device)
+    beside = 4 * (_PILOT_CLASSES + -(-num_classes // _TILE_CLASSES)) if fused else 0
     fused_row = num_classes * _FUSED_BYTES + beside if fused else row
     if memory_budget is None:
         whole = n * fused_row
         little = whole <= _LITTLE or whole <= little_memory(device)
-        memory_budget = whole if little else free_memory(device) // _SHARE
+        memory_budget = n * row if little else free_memory(device) // _SHARE  # kept, if little
 
     def within_budget(row: int, size: int) -> Plan:
         """The plan where a row takes ``row`` bytes, and of a chunk of classes ``size`` each."""
@@ -109,9 +115,9 @@ def choose(
                 return Plan(0, rows, rows * row + sums)
         if n * row <= memory_budget:
             return Plan(0, 0, n * row)
-        classes = max(_LEAST_CLASSES, memory_budget // (n * size))
+        classes = max(_LEAST_CLASSES, (memory_budget - n * _ROW_BYTES) // (n * size))
         classes = _even(num_classes, classes, _LEAST_CLASSES)
-        return Plan(classes, 0, classes * n * size)
+        return Plan(classes, 0, n * (classes * size + _ROW_BYTES))
 
     if fused:
         plan = within_budget(fused_row, _FUSED_BYTES)
@@ -119,7 +125,7 @@ def choose(
         tiles = -(-rows // _TILE_ROWS) * -(-classes // _TILE_CLASSES)
         # With chunks of classes forward still takes all at once, in the memory of a chunk.
         enough = not plan.class_chunk or classes * _FUSED_BYTES >= beside
-        if classes > _PILOT_CLASSES and tiles >= _LEAST_TILES and enough:
+        if tiles >= _LEAST_TILES and enough:
             return plan
     return within_budget(row, size)
 

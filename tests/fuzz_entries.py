@@ -243,7 +243,7 @@ def entries(distributed: bool) -> list[Entry]:
     return all_entries
 
 
-PLAN = ("input", "linear_weight", "reduction", "memory_budget")
+PLAN = ("input", "linear_weight", "reduction", "memory_budget", "label_smoothing")
 
 
 class Forward:

@@ -183,6 +183,7 @@ def test_sizes_of_modules(layer: type, size: float, error: type) -> None:
         ({"linear_weight": torch.zeros(C, D + 1)}, ValueError, "linear_weight"),
         ({"reduction": "max"}, ValueError, "reduction.*max"),
         ({"memory_budget": -1}, ValueError, "memory_budget.*-1"),
+        ({"label_smoothing": 2.0}, ValueError, "label_smoothing.*2.0"),
     ],
     ids=names,
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import placed
 from chunks import assert_close, bounds_for, fixed_arguments, run
 from lsoftmax import functional
 from problems import Problem, problem, relative_error
@@ -142,6 +143,21 @@ def test_taken_by_size(classes: int, taken: bool, device: str, monkeypatch) -> N
     for chosen, expected in zip(p.loss(), fused if taken else apart, strict=True):
         assert torch.equal(chosen, expected)
     assert not torch.equal(fused[2], apart[2])
+
+
+@pytest.mark.usefixtures("hopper")
+def test_taken_wherever_the_matrices_lie(device: str, monkeypatch) -> None:
+    """Bulk copies begin at multiples of 16 bytes: a matrix that does not is copied, as the plan of
+    the memory relies on.
+    """
+    p = problem(70, 64, 300, torch.bfloat16, device)
+    odd = Problem(*(placed(m.detach(), "misaligned") for m in (p.x, p.w)), p.y)
+    assert odd.x.data_ptr() % 16 != 0 != odd.w.data_ptr() % 16
+    monkeypatch.setenv(SWITCH, "1")
+    _, e, rows, *_ = torch.ops.lsoftmax.loss_fwd(*fixed_arguments(p), True, 0)
+    ours = torch.ops.lsoftmax.loss_fwd(*fixed_arguments(odd), True, 0)
+    assert torch.equal(ours[1], e)
+    assert torch.equal(ours[2], rows)
 
 
 @pytest.mark.usefixtures("hopper")

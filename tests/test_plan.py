@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -124,7 +127,7 @@ def test_a_cpu_chunks_what_malloc_would_not_keep(shape: tuple[int, int, int], ro
 def test_chunks_keep_to_the_budget_and_are_alike(budget: int, dtype: torch.dtype) -> None:
     for n, c in ((1, 7), (100, 1001), (3000, 50_000), (70_000, 3)):
         plan = chosen(n, 16, c, CPU, dtype=dtype, memory_budget=budget)
-        least = n * 8 * 8  # eight classes of float64 is the least there is
+        least = n * (8 * 8 + 84)  # there is no less: eight classes of float64, and the sums
         assert plan.bytes <= max(budget, least) * 1.1 + least
         total, chunk = (n, plan.row_chunk) if plan.row_chunk else (c, plan.class_chunk)
         if chunk:
@@ -149,19 +152,35 @@ def test_plan_reads_back_what_the_loss_does(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_exponentials_alone_are_counted_where_they_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernels take features to exponentials at once, and these features they can take."""
-    monkeypatch.setattr(functional, "fuses_forward", lambda device: True)
+    monkeypatch.setattr(planning, "fuses_forward", lambda device: True)
 
-    def taken(d: int = 8, dtype: torch.dtype = torch.bfloat16, skip: int = 0, **options) -> float:
-        x, w = (torch.zeros(size, dtype=dtype) for size in (1000 * d, 20_000 * d + skip))
-        w = w[skip:].view(20_000, d)
-        plan = functional.plan(x.view(1000, d), w, memory_budget=1 << 30, **options)
-        return plan.bytes / 1000 / 20_000
+    def taken(d: int = 8, dtype: torch.dtype = torch.bfloat16, **options) -> float:
+        x, w = (torch.zeros(size, d, dtype=dtype) for size in (1000, 20_000))
+        return functional.plan(x, w, memory_budget=1 << 30, **options).bytes / 1000 / 20_000
 
-    assert 2 < taken() == taken(skip=8) < 2.1
-    assert taken(d=12) == taken(skip=4) == taken(label_smoothing=0.1) == 6
+    assert 2 < taken() < 2.1
+    assert taken(d=0) == taken(d=12) == taken(label_smoothing=0.1) == 6
     assert taken(dtype=torch.float16) == taken(dtype=torch.float32) == 4
-    monkeypatch.setattr(functional, "fuses_forward", lambda device: False)
+    monkeypatch.setattr(planning, "fuses_forward", lambda device: False)
     assert taken() == 6
+
+
+def test_what_is_little_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where tensors are fake: a plan of few classes, or of a few MB, asks for nothing."""
+    for asks in ("fuses_forward", "free_memory", "little_memory"):
+        monkeypatch.setattr(planning, asks, lambda device: 1 / 0)
+    assert chosen(256, 512, 10_000, fusable=True)[:2] == (0, 0)
+    assert chosen(1_000_000, 512, 256, fusable=True, memory_budget=1 << 40)[:2] == (0, 0)
+
+
+def test_the_rule_is_that_of_the_kernels() -> None:
+    sources = Path(__file__).resolve().parent.parent / "csrc"
+    text = (sources / "fused_forward.cpp").read_text() + (sources / "hopper.h").read_text()
+    constants = dict(re.findall(r"(k\w+) = (\d+)[,;]", text))
+    ours = (planning._PILOT_CLASSES, planning._LEAST_TILES)
+    assert ours == (int(constants["kPilotClasses"]), int(constants["kLeastTiles"]))
+    tile = (planning._TILE_ROWS, planning._TILE_CLASSES)
+    assert tile == (int(constants["kTileRows"]), int(constants["kTileClasses"]))
 
 
 @pytest.mark.parametrize(
@@ -225,6 +244,8 @@ def test_compiles_with_what_is_asked_of_the_device(
     compiled = torch.compile(
         functional.lsoftmax_loss, fullgraph=True, backend="aot_eager", dynamic=dynamic
     )
+    for asked in (planning.free_memory, planning.little_memory, planning.fuses_forward):
+        assert asked._dynamo_marked_constant  # of which a CPU notices the first alone
     for rows in (12, 20):
         p = problem(rows, 8, 300, dtype)
         torch.testing.assert_close(compiled(p.x, p.w, p.y), functional.lsoftmax_loss(p.x, p.w, p.y))

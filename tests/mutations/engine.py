@@ -124,6 +124,13 @@ FAULTS = [
         "test_fused_forward.py::test_taken_by_size",
     ),
     kernel(
+        "Hopper: not taken where a matrix begins within a pack",
+        "loss_steps.cpp",
+        "return begins_a_pack || rows.scalar_type() != at::kBFloat16 ? rows : rows.clone();",
+        "return begins_a_pack ? rows : rows;",
+        "test_fused_forward.py::test_taken_wherever_the_matrices_lie",
+    ),
+    kernel(
         "Hopper: a chunk's exponentials are of the first classes",
         "fused_forward.cpp",
         "  product.w += first_class * loss.d();\n",
@@ -147,8 +154,8 @@ FAULTS = [
     plan("an exponential of the one kernel's takes a byte", "_FUSED_BYTES = 2", "_FUSED_BYTES = 1"),
     plan(
         "one kernel makes the exponentials of chunks however small",
-        "and tiles >= _LEAST_TILES and",
-        "and",
+        "if tiles >= _LEAST_TILES and",
+        "if",
     ),
     plan(
         "the one kernel needs nothing beside the exponentials",
@@ -160,4 +167,10 @@ FAULTS = [
         " and enough:",
         ":",
     ),
+    plan(
+        "the one kernel is taken for chunks of rows by the size of the batch",
+        "rows, classes = plan.row_chunk or n,",
+        "rows, classes = n,",
+    ),
+    plan("a row's own numbers take nothing", "_ROW_BYTES = 56 + 28", "_ROW_BYTES = 0"),
 ]

@@ -190,8 +190,8 @@ FAULTS = [
     portable(
         "plan: one kernel, so the exponentials alone, with label smoothing too",
         "functional.py",
-        "        and label_smoothing == 0\n",
-        "",
+        "fusable=label_smoothing == 0,",
+        "fusable=True,",
         "test_plan.py::test_exponentials_alone_are_counted_where_they_are_all",
     ),
     portable(
