@@ -106,7 +106,9 @@ def test_the_plan_counts_what_is_held(
 def test_a_gpu_holds_no_more(
     case: tuple[int, int, int], dtype: torch.dtype, smoothing: float, backend: str, device: str
 ) -> None:
-    """Where the rule of the plan meets that of the kernels; torch rounds each array up."""
+    """Where the rule of the plan meets that of the kernels. A sort takes room of its own there, and
+    torch rounds each array up.
+    """
     n, c, budget = case
     if backend != "cuda":
         pytest.skip("needs a GPU")
@@ -124,4 +126,4 @@ def test_a_gpu_holds_no_more(
     measured = torch.cuda.max_memory_allocated() - before - gradients
     plan = functional.plan(x, w, **options)
     print(plan, f"{measured / plan.bytes:.3f} {measured / budget:.3f}")
-    assert measured <= 1.1 * plan.bytes + MB
+    assert measured <= 1.15 * plan.bytes + 2 * MB
