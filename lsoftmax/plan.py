@@ -100,24 +100,24 @@ def choose(
         little = whole <= _LITTLE or whole <= little_memory(device)
         memory_budget = n * row if little else free_memory(device) // _SHARE  # kept, if little
 
-    def within_budget(row: int, size: int) -> Plan:
-        """The plan where a row takes ``row`` bytes, and of a chunk of classes ``size`` each."""
-        chunked, most = n * row > memory_budget, n
+    def within_budget(row_bytes: int, logit_bytes: int) -> Plan:
+        """The plan where a row takes so many, and so does a logit in a chunk of classes."""
+        chunked, most = n * row_bytes > memory_budget, n
         least = _LEAST_ROWS.get(device.type, n)
-        if device.type == "cpu" and n * row > _KEPT_BY_MALLOC:
-            most = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // row)
+        if device.type == "cpu" and n * row_bytes > _KEPT_BY_MALLOC:
+            most = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // row_bytes)
             chunked = chunked or n >= 2 * most
         if chunked and scalar and needs_grad:
             sums = 4 * (n + num_classes) * d  # of dX and dW, in float32
-            rows = min(most, (memory_budget - sums) // row)
+            rows = min(most, (memory_budget - sums) // row_bytes)
             if rows >= least:
                 rows = _even(n, rows, 1)
-                return Plan(0, rows, rows * row + sums)
-        if n * row <= memory_budget:
-            return Plan(0, 0, n * row)
-        classes = max(_LEAST_CLASSES, (memory_budget - n * _ROW_BYTES) // (n * size))
+                return Plan(0, rows, rows * row_bytes + sums)
+        if n * row_bytes <= memory_budget:
+            return Plan(0, 0, n * row_bytes)
+        classes = max(_LEAST_CLASSES, (memory_budget - n * _ROW_BYTES) // (n * logit_bytes))
         classes = _even(num_classes, classes, _LEAST_CLASSES)
-        return Plan(classes, 0, n * (classes * size + _ROW_BYTES))
+        return Plan(classes, 0, n * (classes * logit_bytes + _ROW_BYTES))
 
     if fused:
         plan = within_budget(fused_row, _FUSED_BYTES)

@@ -1,4 +1,8 @@
-"""What a step allocates, as torch's profiler saw it on a CPU."""
+"""What a step allocates, as torch's profiler saw it on a CPU.
+
+benchmarks/memory.py asks the same, but to import the harness rearranges sys.path: where faults are
+planted in a copy of the tree, the installed package would be tested in its place.
+"""
 
 from __future__ import annotations
 

@@ -176,8 +176,8 @@ FAULTS = [
     portable(
         "plan: what just fits is computed in chunks",
         "plan.py",
-        "if n * row <= memory_budget:",
-        "if n * row < memory_budget:",
+        "if n * row_bytes <= memory_budget:",
+        "if n * row_bytes < memory_budget:",
         "test_plan.py::test_what_fits_is_kept",
     ),
     portable(
