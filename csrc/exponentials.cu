@@ -2,6 +2,7 @@
 // logits and the reference that forward chose for each row. One read and one write of the chunk.
 
 #include "block.cuh"
+#include "hopper.h"
 #include "lsoftmax.h"
 #include "row_terms.cuh"
 
@@ -9,6 +10,10 @@ namespace lsoftmax {
 namespace {
 
 constexpr int kInFlight = 4;  // packs a thread loads before it works on the first
+
+// As far as either forward pass lets a logit lie above its reference.
+constexpr int kFarthest = 56;
+static_assert(kFarthest >= kSlack && kFarthest * kLog2E >= kSafe);
 
 // What the exponentials of row i need of it.
 template <typename T>
@@ -39,7 +44,7 @@ struct RowOfChunk {
       // Huge logits may round otherwise than when the reference was chosen: stay in range. NaN
       // stays.
       A above = logits.values[v] - reference;
-      if (above > kSlack) above = kSlack;
+      if (above > kFarthest) above = kFarthest;
       const A value = j + v == target ? e_y : exponential(above);
       exps.values[v] = as_exponential<T>(value);
     }

@@ -137,9 +137,14 @@ def _even(total: int, most: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def _is_gpu(device: torch.device) -> bool:
+    """Whether there is a GPU to ask: fake CUDA tensors need none."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
 def fuses_forward(device: torch.device) -> bool:
     """Whether the kernels have the forward pass of bfloat16 in one, and may take it there."""
-    if device.type != "cuda" or os.environ.get("LSOFTMAX_FUSED_FORWARD") == "0":
+    if not _is_gpu(device) or os.environ.get("LSOFTMAX_FUSED_FORWARD") == "0":
         return False
     kernels = _extension.status()
     return (
@@ -151,15 +156,17 @@ def fuses_forward(device: torch.device) -> bool:
 
 def little_memory(device: torch.device) -> int:
     """Bytes on ``device`` for which to ask what is free is not worth while."""
-    if device.type != "cuda":
+    if not _is_gpu(device):
         return _LITTLE
     total: int = torch.cuda.get_device_properties(device).total_memory
     return max(_LITTLE, total // _LITTLE_SHARE)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on ``device`` now; what torch has cached included."""
-    if device.type == "cuda":
+    """Bytes that could be allocated on ``device`` now, what torch has cached included; of the
+    machine's memory where ``device`` is none of its GPUs.
+    """
+    if _is_gpu(device):
         return _free_cuda_memory(device)
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.exists() else []:

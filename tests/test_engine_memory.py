@@ -126,4 +126,4 @@ def test_a_gpu_holds_no_more(
     measured = torch.cuda.max_memory_allocated() - before - gradients
     plan = functional.plan(x, w, **options)
     print(plan, f"{measured / plan.bytes:.3f} {measured / budget:.3f}")
-    assert measured <= 1.15 * plan.bytes + 2 * MB
+    assert measured <= 1.2 * plan.bytes + 2 * MB

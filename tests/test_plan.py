@@ -36,6 +36,7 @@ def test_little_is_kept_without_looking(monkeypatch: pytest.MonkeyPatch) -> None
     for gb, asks in ((8, True), (23, True), (25, False), (140, False)):
         gpu = type("GPU", (), {"total_memory": gb << 30})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert chosen(256, 512, 10_000)[:2] == (0, 0)
         if asks:
             with pytest.raises(ZeroDivisionError):
@@ -56,6 +57,7 @@ def test_a_capture_goes_the_way_of_the_steps_before_it(monkeypatch: pytest.Monke
     capturing = False
     monkeypatch.setattr(planning, "_last_free", {})
     for name, value in {
+        "is_available": lambda: True,
         "is_current_stream_capturing": lambda: capturing,
         "mem_get_info": lambda device: 1 / 0 if capturing else (50 * gb, 80 * gb),
         "memory_stats_as_nested_dict": lambda device: stats,
@@ -75,6 +77,7 @@ def test_an_allocator_that_keeps_no_books(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats")
 
     monkeypatch.setattr(planning, "_last_free", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", refuse)
@@ -166,11 +169,27 @@ def test_exponentials_alone_are_counted_where_they_are_all(monkeypatch: pytest.M
 
 
 def test_what_is_little_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where tensors are fake: a plan of few classes, or of a few MB, asks for nothing."""
+    """A plan of few classes, or of a few MB, asks for nothing."""
     for asks in ("fuses_forward", "free_memory", "little_memory"):
         monkeypatch.setattr(planning, asks, lambda device: 1 / 0)
     assert chosen(256, 512, 10_000, fusable=True)[:2] == (0, 0)
     assert chosen(1_000_000, 512, 256, fusable=True, memory_budget=1 << 40)[:2] == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fake_tensors_need_no_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are where a model is planned on a laptop for the machine that trains it."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    status = _extension.Status(built=True, loaded=True, reason="", archs="9.0a")
+    monkeypatch.setattr(_extension, "_status", status)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("get_device_capability", "get_device_properties", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    for budget in (None, 1 << 28):
+        assert chosen(4096, 512, 100_000, dtype=dtype, fusable=True, memory_budget=budget).bytes
 
 
 def test_the_rule_is_that_of_the_kernels() -> None:
@@ -199,6 +218,7 @@ def test_one_kernel_for_the_forward_pass_is_hoppers(
 ) -> None:
     status = _extension.Status(built=True, loaded=bool(archs), reason="", archs=archs)
     monkeypatch.setattr(_extension, "_status", status)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.delenv("LSOFTMAX_FUSED_FORWARD", raising=False)
     if switch is not None:
