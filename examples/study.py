@@ -60,6 +60,13 @@ def cells(margin: int, annealing: str, seed: int) -> Iterator[Cell]:
             yield cell(task, activation="prelu")
     if margin in (1, 2, 4):
         yield cell("omniglot")
+    if margin in (1, 2, 4) and annealing in ("softmax", "for_steps", "by_angle"):
+        for activation in ("relu", "prelu"):
+            for lr in (*RATES, 0.3):
+                yield cell("digits-plain", lr, activation=activation)
+                yield cell("digits-plain-clipped", lr, activation=activation)
+            if margin != 2:
+                yield cell("digits-long-clipped", activation=activation)
 
 
 def load_results(folder: Path, task: str = "*") -> dict[str, dict[str, Any]]:

@@ -20,6 +20,10 @@ from study_tasks import ANNEALINGS, TASKS, Cell
 DOCS = Path(__file__).parents[1] / "docs"
 KEY = re.compile(" ".join(f"{name}=(.*)" for name in Cell.__dataclass_fields__))
 LOSSES = [name for name in ANNEALINGS if name != "softmax"]
+# What gradients cut down to a norm of 1 change, and networks without normalisation: a table of
+# their own, and no part in the others.
+CLIPPED = {task: f"{task}-clipped" for task in ("digits-plain", "digits-long")}
+COMPARED = [task for task in TASKS if task not in ("digits-plain", *CLIPPED.values())]
 WORSE = 5.0  # points of error above softmax's that count as a failure: half a lost digit
 
 Results = dict[Cell, dict[str, Any]]
@@ -50,6 +54,7 @@ def fill(page: str, results: Results) -> str:
         "failures": failures_table,
         "figures": figures_table,
         "defaults": defaults_table,
+        "clipped": clipped_table,
     }
     for name, made in tables.items():
         page = pages.fill(page, name, made(results))
@@ -115,7 +120,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def columns(results: Results) -> list[tuple[str, int]]:
     """Tasks and margins that were tried."""
     tried = {(cell.task, cell.margin) for cell in results if cell.margin > 1}
-    return sorted(tried, key=lambda column: ([*TASKS].index(column[0]), column[1]))
+    compared = [column for column in tried if column[0] in COMPARED]
+    return sorted(compared, key=lambda column: (COMPARED.index(column[0]), column[1]))
 
 
 def runs_table(results: Results) -> str:
@@ -149,17 +155,16 @@ def figures_table(results: Results) -> str:
     """Error and angle of m = 4 at learning rate 0.1, ReLU, float32."""
     rows = []
     for name in ANNEALINGS:
-        cells = [Cell(task, 1 if name == "softmax" else 4, name, 0.1, 0) for task in TASKS]
+        cells = [Cell(task, 1 if name == "softmax" else 4, name, 0.1, 0) for task in COMPARED]
         found = [select(results, cell) for cell in cells]
         rows.append([name, *(spread(runs, key) for runs in found for key in ("error", "angle"))])
-    return table(["m = 4", *(f"{task}, {key}" for task in TASKS for key in ("%", "°"))], rows)
+    return table(["m = 4", *(f"{task}, {key}" for task in COMPARED for key in ("%", "°"))], rows)
 
 
 def defaults_table(results: Results) -> str:
     """Error and angle of softmax and of both default schedules, m = 4, in every setting."""
     rows = []
-    settings = {replace(cell, seed=0) for cell in results if cell.annealing == "softmax"}
-    for like in sorted(settings, key=lambda cell: ([*TASKS].index(cell.task), cell.group)):
+    for like in settings_of(results, COMPARED):
         losses = ((1, "softmax"), (4, "for_steps"), (4, "by_angle"))
         found = [select(results, replace(like, margin=m, annealing=name)) for m, name in losses]
         softmax, *ours = ([run["angle"] for run in runs] for runs in found)
@@ -171,6 +176,34 @@ def defaults_table(results: Results) -> str:
         rows.append([like.task, setting(like), *figures, " / ".join(narrower)])
     head = ["task", "setting", "softmax: %; °", "for_steps", "by_angle", "times narrower"]
     return table(head, rows)
+
+
+def settings_of(results: Results, tasks: Sequence[str]) -> list[Cell]:
+    """A cell of softmax for each setting that these tasks were trained in."""
+    found = {replace(c, seed=0) for c in results if c.annealing == "softmax" and c.task in tasks}
+    return sorted(found, key=lambda cell: (tasks.index(cell.task), cell.group))
+
+
+def clipped_table(results: Results) -> str:
+    """Errors without and with clipped gradients, in every setting where both were trained."""
+    losses = [(m, name) for m in (2, 4) for name in ("for_steps", "by_angle")]
+    rows = []
+    for like in settings_of(results, [*CLIPPED]):
+        row = [like.task, setting(like)]
+        for margin, annealing in ((1, "softmax"), *losses):
+            cell = replace(like, margin=margin, annealing=annealing)
+            pair = [select(results, c) for c in (cell, replace(cell, task=CLIPPED[like.task]))]
+            row.append(" / ".join(map(errors, pair)) if all(pair) else "-")
+        if row[2] != "-":
+            rows.append(row)
+    names = (f"m = {margin}, {name}" for margin, name in losses)
+    return table(["task", "setting", "softmax", *names], rows)
+
+
+def errors(runs: Sequence[dict[str, Any]]) -> str:
+    """Their mean and deviation; or how many have none."""
+    lost = sum(run["diverged"] is not None for run in runs)
+    return f"not finite, {lost} of {len(runs)}" if lost else spread(runs, "error")
 
 
 def plot_failures(results: Results) -> Figure:
@@ -199,8 +232,8 @@ def plot_failures(results: Results) -> Figure:
 
 def plot_figures(results: Results) -> Figure:
     """Error against angle: mean of the seeds, m = 4, learning rate 0.1, ReLU."""
-    figure = Figure(figsize=(3.4 * len(TASKS), 4.2), dpi=120, layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+    figure = Figure(figsize=(3.4 * len(COMPARED), 4.2), dpi=120, layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(COMPARED)), COMPARED, strict=True):
         baseline = select(results, Cell(task, 1, "softmax", 0.1, 0))
         limit = statistics.mean(run["error"] for run in baseline) + WORSE if baseline else 100
         for index, name in enumerate(ANNEALINGS):

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ import digits
 import lsoftmax
 from data import Labelled, MissingDataError, mnist
 from lsoftmax import LambdaSchedule
-from networks import connected, initialised
+from networks import ACTIVATIONS, connected, initialised
 
 TRACED = 50  # points of a recorded training
 
@@ -34,6 +34,7 @@ class Task:
     features: int
     batch: int
     epochs: int
+    clip: float | None = None  # the norm that the gradient of a training is cut down to
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,21 @@ def perceptron(pixels: int, hidden: int, features: int) -> Callable[[str], nn.Se
     return network
 
 
+def plain(activation: str) -> nn.Sequential:
+    """The network of the README: one layer, and nothing that keeps features at their size."""
+    return initialised(nn.Flatten(), nn.Linear(64, 128), ACTIVATIONS[activation]())
+
+
 TASKS = {
     "digits": Task(load_digits, perceptron(64, 64, 32), 32, batch=64, epochs=20),
     "digits-long": Task(load_digits, perceptron(64, 64, 32), 32, batch=64, epochs=100),
     "mnist": Task(load_mnist, perceptron(196, 64, 64), 64, batch=128, epochs=4),
     "mnist-long": Task(load_mnist, perceptron(196, 64, 64), 64, batch=128, epochs=20),
     "omniglot": Task(load_omniglot, perceptron(225, 128, 64), 64, batch=64, epochs=15),
+    "digits-plain": Task(load_digits, plain, 128, batch=64, epochs=100),
 }
+for name in ("digits-plain", "digits-long"):
+    TASKS[f"{name}-clipped"] = replace(TASKS[name], clip=1.0)
 
 
 def build(cell: Cell, classes: int) -> tuple[nn.Sequential, nn.Linear]:
@@ -197,13 +206,14 @@ class Runs:
 
     def __init__(self, cells: Sequence[Cell], classes: int, steps: int) -> None:
         first, self.margins = cells[0], [cell.margin for cell in cells]
+        self.clip = TASKS[first.task].clip
         self.name, self.dtype = " ".join(first.group), getattr(torch, first.dtype)
         networks, classifiers = zip(*(build(cell, classes) for cell in cells), strict=True)
         self.network = networks[0]  # what it computes; parameters come from the stacks
         self.parameters, self.buffers = torch.func.stack_module_state(list(networks))
         self.weight = torch.stack([c.weight.detach() for c in classifiers]).requires_grad_()
         self.schedules = [as_schedule(ANNEALINGS[cell.annealing](steps)) for cell in cells]
-        parameters = [*self.parameters.values(), self.weight]
+        self.trained = parameters = [*self.parameters.values(), self.weight]
         if first.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 parameters, first.lr, momentum=0.9, weight_decay=5e-4
@@ -252,6 +262,8 @@ class Runs:
         """Update all runs; their losses have no parameter in common."""
         self.optimizer.zero_grad()
         losses.sum().backward()
+        if self.clip is not None:
+            self.clip_gradients(self.clip)
         self.optimizer.step()
         self.rates.step()
         for schedule, margin, lam, cosine in zip(
@@ -260,6 +272,13 @@ class Runs:
             schedule.commit(lam)
             schedule.observe(cosine, margin)
         self.lam = self.upcoming()
+
+    def clip_gradients(self, norm: float) -> None:
+        """As torch.nn.utils.clip_grad_norm_, each run by itself."""
+        gradients = [p.grad.flatten(1) for p in self.trained if p.grad is not None]
+        factors = (norm / (torch.cat(gradients, 1).norm(dim=1) + 1e-6)).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(factors.unsqueeze(1))
 
 
 @torch.no_grad()

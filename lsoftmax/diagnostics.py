@@ -1,4 +1,4 @@
-"""What the margin does to a batch: angles, buckets, norms, and words where training collapses."""
+"""What the margin does to a batch: angles, buckets, norms, and words where training fails."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ __all__ = ["MarginStats", "collapse_warning", "margin_stats"]
 _LOST = 0.01
 # Where no logit can exceed this, every class is as likely as the next.
 _FLAT = 0.1
+# Logits of classes that were learned are in the tens. Where the mean norms allow so large ones,
+# they are running away.
+_RUNAWAY = 1e3
 # Logits that are in memory at a time while the largest of each row is looked for.
 _PANEL = 1 << 22
 
@@ -113,7 +116,7 @@ def margin_stats(
     x, y = functional.as_batch(x, target)
     if y.shape[0] == 0:
         raise ValueError("input: expected at least one row, got none")
-    lam = checks.lam_tensor(lam, x)
+    lam = checks.lam_tensor(lam, x).clone()  # a schedule changes its own in place
     y, _ = valid_targets(y, w.shape[0], NO_INDEX)
     x_norms, w_norms = (torch.linalg.vector_norm(rows, dim=1) for rows in (x, w))
     a, b = x_norms, w_norms.index_select(0, y)
@@ -151,18 +154,27 @@ def margin_stats(
 
 
 def collapse_warning(stats: MarginStats) -> str | None:
-    """Words where training is collapsing, and what to do; None where all is well.
+    """Words where training is collapsing or diverging, and what to do; None where all is well.
 
     With the margin at full strength too early the cheapest way to a smaller loss is to shrink
-    features or class vectors, to zero in the end: a class is lost, or all of them. Reads numbers
-    off the device.
+    features or class vectors, to zero in the end: a class is lost, or all of them. With steps too
+    long for the margin's slope, and nothing to normalise the features, norms run away instead, to
+    infinity in the end. Reads numbers off the device.
     """
     if not isinstance(stats, MarginStats):
         raise TypeError(f"stats: expected MarginStats, got {type(stats).__name__}")
     s = stats.floats()
-    if not all(math.isfinite(s[name]) for name in ("input_norm", "weight_norm")):
-        fault = "features or class vectors are not finite"
-    elif s["zero_inputs"] > 0.1:
+    logits = s["input_norm"] * s["weight_norm"]
+    if not logits <= _RUNAWAY:
+        fault = f"norms run away, to logits of {logits:.0g}"
+        if not math.isfinite(logits):
+            fault = "features or class vectors are not finite"
+        return (
+            f"Training is diverging: {fault}. Clip the gradients "
+            "(torch.nn.utils.clip_grad_norm_(parameters, 1.0)), normalise the features, or lower "
+            "the learning rate."
+        )
+    if s["zero_inputs"] > 0.1:
         fault = f"{s['zero_inputs']:.0%} of the features are exactly zero"
     elif s["lost_classes"] > 0:
         fault = f"{s['lost_classes']:.0f} class vector(s) have shrunk to nothing"

@@ -133,7 +133,10 @@ def test_a_layer_in_training(device):
     stats = lsoftmax.margin_stats(x, head.linear.weight, y, head.margin, head.lam)
     assert not any(value.requires_grad for value in stats)
     lam = head.lam.item()
-    check(stats, expected(x.detach(), head.linear.weight.detach(), y, 3, lam), rel=1e-4)
+    truth = expected(x.detach(), head.linear.weight.detach(), y, 3, lam)
+    head(x, y)  # what was measured before it stays
+    assert head.lam < lam
+    check(stats, truth, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_a_layer_in_training(device):
     [
         ({"margin": 0}, ValueError, "margin.*>= 1"),
         ({"lam": -1.0}, ValueError, "lam.*>= 0"),
-        ({"input": torch.zeros(4, 2)}, ValueError, "linear_weight"),
+        ({"input": torch.zeros(4, 2)}, ValueError, "input.*D = 3"),
         ({"input": torch.zeros(0, 3), "target": torch.zeros(0).long()}, ValueError, "one row"),
         ({"input": [[1.0]]}, TypeError, "input.*list"),
         ({"target": torch.zeros(4)}, TypeError, "target.*int64"),
@@ -176,8 +179,13 @@ def test_collapse_is_told_in_words():
     assert "2 class vector(s) have shrunk" in warning_of(x, lost, y)
 
     assert "no logit exceeds" in warning_of(1e-3 * x, 1e-3 * w, y)
-    assert "not finite" in warning_of(x * math.nan, w, y)
-    assert "not finite" in warning_of(x, w * math.inf, y)
+    for x_factor, w_factor in ((math.nan, 1), (1, math.inf)):
+        words = warning_of(x * x_factor, w * w_factor, y)
+        assert "diverging" in words
+        assert "not finite" in words
+    size = x.norm(dim=1).mean() * w.norm(dim=1).mean()
+    assert warning_of(x * (900 / size), w, y) is None
+    assert "logits of 1e+04" in warning_of(x * (1e4 / size), w, y)
 
 
 def test_warning_in_a_training_that_collapses():

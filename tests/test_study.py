@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def short(monkeypatch):
     """Digits for three epochs."""
-    monkeypatch.setitem(TASKS, "digits", dataclasses.replace(TASKS["digits"], epochs=3))
+    for name in ("digits", "digits-plain-clipped"):
+        monkeypatch.setitem(TASKS, name, dataclasses.replace(TASKS[name], epochs=3))
 
 
 def trained(cell: Cell, split) -> tuple[float, dict[str, float]]:
@@ -48,6 +49,8 @@ def trained(cell: Cell, split) -> tuple[float, dict[str, float]]:
         for batch in order.split(task.batch)[:batches]:
             optimizer.zero_grad()
             head(network(split.train_images[batch]), split.train_labels[batch]).backward()
+            if task.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, task.clip)
             optimizer.step()
             rates.step()
     network.eval()
@@ -62,14 +65,17 @@ def trained(cell: Cell, split) -> tuple[float, dict[str, float]]:
     }
 
 
-def test_a_training_is_that_of_the_layer(short):
-    """Red if the study anneals, steps or measures in another way than the layer it advises on."""
+@pytest.mark.parametrize("task", ["digits", "digits-plain-clipped"])
+def test_a_training_is_that_of_the_layer(task, short):
+    """Red if the study anneals, steps, clips or measures in another way than the layer it advises
+    on.
+    """
     seed = int(torch.randint(2**20, ()))
     cells = [
-        Cell("digits", 1, "softmax", 0.03, seed),
-        *(Cell("digits", 3, name, 0.03, seed) for name in ("constant 5", "for_steps", "by_angle")),
+        Cell(task, 1, "softmax", 0.03, seed),
+        *(Cell(task, 3, name, 0.03, seed) for name in ("constant 5", "for_steps", "by_angle")),
     ]
-    split = TASKS["digits"].load(None)
+    split = TASKS[task].load(None)
     for cell, figures in zip(cells, study_tasks.train(cells, split), strict=True):
         error, expected = trained(cell, split)
         assert abs(figures["error"] - error) <= 0.41, cell  # two images of 500
