@@ -125,8 +125,8 @@ def check_features(input: Tensor, linear_weight: Tensor) -> None:
         )
     if linear_weight.shape[1] != input.shape[-1]:
         raise ValueError(
-            f"linear_weight: expected (C, {input.shape[-1]}) for input {tuple(input.shape)}, "
-            f"got {tuple(linear_weight.shape)}"
+            f"input: expected D = {linear_weight.shape[1]} for linear_weight "
+            f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
         )
     check_device("linear_weight", linear_weight, input)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +34,25 @@ class _Annealed(nn.Module):
             lam = default_schedule()
         elif not isinstance(lam, LambdaSchedule):
             lam = LambdaSchedule.constant(checks.check_number("lam", lam))
-        self.schedule = lam.to(device=device)
+        # One made under a meta device has no numbers to move: there it begins.
+        self.schedule = (lam.to_empty if lam.lam.is_meta else lam.to)(device=device)
 
     @property
     def lam(self) -> Tensor:
         """The current annealing weight, a 0-dim float32 tensor on the layer's device."""
         return self.schedule.lam
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accepts class vectors without annealing, and begins it, however far this layer was: the
+        full margin on class vectors that had none would lose them.
+        """
+        own = prefix + "schedule."
+        saved = [key.removeprefix(own) for key in self.schedule.state_dict(prefix=own)]
+        loaded = [key for key in state_dict if key.startswith(prefix)]
+        if loaded and not any(own + name in state_dict for name in saved):
+            beginning = self.schedule.beginning(self.lam.device)
+            state_dict.update({own + name: beginning[name] for name in saved})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _begin_forward(self) -> tuple[Tensor, bool]:
         """lam for the forward that begins, and whether it is a training step.

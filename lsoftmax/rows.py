@@ -54,9 +54,10 @@ def valid_targets(
     if target.device.type == "cpu":
         outside = (index < 0) | (index >= num_classes)
         if bool(outside.any()):
+            ignored = "" if ignore_index == NO_INDEX else f" or ignore_index={ignore_index}"
             raise IndexError(
                 f"target {int(target[outside][0])} is out of bounds: expected 0 <= target < "
-                f"{num_classes} or ignore_index={ignore_index}"
+                f"{num_classes}{ignored}"
             )
     return index, kept
 

@@ -107,10 +107,9 @@ class LambdaSchedule(nn.Module):
         # A constant is configuration, not state: it is not saved, so that the state_dict of a layer
         # with a constant lam is that of the plain layer.
         changes, held = not self.is_constant, keep is not None
-        lam = torch.tensor(self.value(0), dtype=torch.float32)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=changes)
-        self.register_buffer("lam", lam, persistent=changes)
-        self.register_buffer("share", torch.zeros_like(lam), persistent=held)
+        saved = {"steps": changes, "lam": changes, "share": held}
+        for name, number in self.beginning().items():
+            self.register_buffer(name, number, persistent=saved[name])
 
     @classmethod
     def constant(cls, lam: float) -> LambdaSchedule:
@@ -248,26 +247,35 @@ class LambdaSchedule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LambdaSchedule:
         """Module.to(), half() and so on: the device changes, numbers keep float32's bits."""
-        before = {"lam": self.lam, "share": self.share}
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         if before["lam"].is_meta and not self.lam.is_meta:  # to_empty(): no numbers to move
             self.reset_parameters()
-        elif self.lam.dtype != torch.float32:
-            for name, number in before.items():
-                setattr(self, name, number.to(self.steps.device))
+            return self
+        for name, number in before.items():
+            now = getattr(self, name)
+            if now.dtype != number.dtype:
+                setattr(self, name, number.to(now.device))
         return self
 
     def reset_parameters(self) -> None:
         """Back to before the first step; a schedule made on the meta device begins here."""
-        self.steps = torch.zeros_like(self.steps)
-        self.lam = torch.full_like(self.steps, self.value(0), dtype=torch.float32)
-        self.share = torch.zeros_like(self.lam)
+        for name, number in self.beginning(self.lam.device).items():
+            setattr(self, name, number)
+
+    def beginning(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The buffers before the first step."""
+        return {
+            "steps": torch.zeros((), dtype=torch.int64, device=device),
+            "lam": torch.full((), self.value(0), dtype=torch.float32, device=device),
+            "share": torch.zeros((), dtype=torch.float32, device=device),
+        }
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Accepts a checkpoint of a layer without annealing: training then starts on this curve.
-        And one of a curve without ``keep``: training goes on at that lam.
+        """Accepts a checkpoint without annealing, which changes none. And one of a curve without
+        ``keep``: training goes on at that lam.
         """
         state = {prefix + name: value for name, value in self.state_dict().items()}
         if not state.keys() & state_dict.keys():
@@ -277,8 +285,7 @@ class LambdaSchedule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("assign_to_params_buffers"):  # into a layer made on the meta device
             self.lam, self.share = self.lam.float(), self.share.float()  # from a 16-bit checkpoint
-            for name, value in {"steps": 0, "share": 0, "lam": self.value(0)}.items():
-                buffer = getattr(self, name)
-                if buffer.is_meta:  # not in the checkpoint
-                    where = "cpu" if self.lam.is_meta else self.lam.device
-                    setattr(self, name, torch.full_like(buffer, value, device=where))
+            where = torch.device("cpu") if self.lam.is_meta else self.lam.device
+            for name, number in self.beginning(where).items():
+                if getattr(self, name).is_meta:  # not in the checkpoint
+                    setattr(self, name, number)

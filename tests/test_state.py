@@ -117,6 +117,27 @@ def test_a_checkpoint_from_before_keep_goes_on_at_its_lam() -> None:
     assert "schedule.share" not in state
 
 
+@pytest.mark.parametrize("schedule", [curve, held])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_class_vectors_without_annealing_begin_it(layer: type, schedule) -> None:
+    """However far the layer was: a full margin on others' class vectors would lose them."""
+    fresh = schedule()
+    for before in (layer(6, 5, lam=0.5), nn.ModuleDict({"linear": nn.Linear(6, 5, bias=False)})):
+        if layer is LSoftmaxLinear and isinstance(before, nn.ModuleDict):
+            before = before["linear"]
+        model = nn.ModuleDict({"head": trained(layer, schedule())})
+        model.load_state_dict({f"head.{name}": w for name, w in before.state_dict().items()})
+        for name in ("steps", "lam", "share"):
+            assert torch.equal(getattr(model["head"].schedule, name), getattr(fresh, name))
+
+
+def test_what_is_loaded_of_other_modules_changes_no_annealing() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 6), "head": trained(LSoftmaxLoss, held())})
+    before = copy.deepcopy(model["head"].state_dict())
+    model.load_state_dict(model["body"].state_dict(prefix="body."), strict=False)
+    assert all(torch.equal(v, before[k]) for k, v in model["head"].state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("before", "now", "names"),
     [
@@ -169,6 +190,25 @@ def test_a_16_bit_checkpoint_loaded_by_assignment() -> None:
     x, y = batch(head)
     head(x.bfloat16(), y).backward()
     assert head.schedule.steps == 4
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_device_of_its_own_among_others_on_meta(layer: type) -> None:
+    """What is given counts, as for nn.Linear; the schedule has its first values there."""
+    with torch.device("meta"):
+        head = layer(6, 5, lam=held(), device="cpu")
+    assert not any(each.is_meta for each in (*head.parameters(), *head.buffers()))
+    assert head.lam == held().lam
+    head(*batch(head))
+    assert head.schedule.steps == 1
+
+
+def test_a_type_for_all_leaves_the_count_an_integer() -> None:
+    """float16 would count to 2048."""
+    head = trained(LSoftmaxLoss, held()).type(torch.float16)
+    assert head.linear.weight.dtype == torch.float16
+    assert (head.schedule.steps.dtype, head.lam.dtype) == (torch.int64, torch.float32)
+    assert head.schedule.steps == 3
 
 
 @pytest.mark.parametrize("schedule", [curve, held, constant])
