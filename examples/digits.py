@@ -147,6 +147,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if path.is_dir():
             parser.error(f"{path}: expected a file to write, this is a directory")
         path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        plots.format_of(args.output)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -170,16 +174,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
 
     rows = [result.row for result in results]
     columns = {key: COLUMNS[key] for key in ("test_error", "angle")}
+    shown = typical(results)
+    figure = plots.draw_features([panel(r) for r in shown], data.test_labels.tolist())
+    plots.save(figure, args.output)  # before anything is printed, to which nobody may listen
+    if args.json:
+        write_json(args.json, rows)
     print(f"\n{table(rows, {**columns, 'seconds': 'seconds a training'})}\n")
     print("Angle: between the feature of a test digit and the vector of its class.", end=" ")
     print(f"Mean ± standard deviation, seeds: {args.seeds}." if args.seeds > 1 else "One seed.")
-    shown = typical(results)
-    figure = plots.draw_features([panel(r) for r in shown], data.test_labels.tolist())
-    plots.save(figure, args.output)
     seed = shown[0].row["seed"]
     print(f"Picture of the features (seed {seed}, the most typical): {args.output.resolve()}")
     if args.json:
-        write_json(args.json, rows)
         print(f"Figures: {args.json.resolve()}")
     return results
 

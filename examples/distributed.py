@@ -10,6 +10,7 @@ and both results are printed. On GPUs where there is one for each process, else 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -29,6 +30,7 @@ import lsoftmax
 from data import Labelled, MissingDataError, mnist
 from experiment import positive
 from extras import needed
+from files import write_json
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss, clip_grad_norm_
 
 with needed():
@@ -140,10 +142,25 @@ class Run:
                 shutil.rmtree(older)
 
     def _load(self, folder: Path) -> None:
+        """The last checkpoint.
+
+        Raises:
+            SystemExit: on all processes, the checkpoints are of a training with other settings.
+        """
+        written = folder / "settings.json"
+        images = list(self.data.train_images.shape)
+        mine = {"epochs": self.epochs, "seed": self.seed, "images": images}
         if self.rank == 0:
             for partial in folder.glob(".epoch-*"):
                 shutil.rmtree(partial)
+            if not written.exists():
+                write_json(written, mine)
         dist.barrier()
+        if (found := json.loads(written.read_text())) != mine:
+            raise SystemExit(
+                f"{folder} has checkpoints of {found}, now it is {mine}: name another folder with "
+                "--checkpoints, or remove it."
+            )
         saved = sorted(folder.glob("epoch-*"))
         if not saved:
             return

@@ -7,6 +7,7 @@ hand: an experiment's results.json under the name of the experiment.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def load() -> dict[str, dict[str, Any]]:
     return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
     results, page = load(), DOCS / "experiments.md"
     write(page, fill(page.read_text(), results).encode())
     readme = ROOT / "README.md"

@@ -140,10 +140,11 @@ def report() -> None:
 
 
 def plot(picture: str, output: Path) -> None:
-    """Draws a picture; a library that is not there ends the program with what to do."""
+    """Draws a picture; what is not there or not possible ends the program in words."""
     try:
         from . import plots
 
+        plots.format_of(output)  # before what takes a minute
         if picture == "features":
             from . import digits
 
@@ -158,7 +159,12 @@ def plot(picture: str, output: Path) -> None:
         raise SystemExit(
             f"Pictures need {package}, which is not installed: pip install 'lsoftmax[plot]'"
         ) from None
-    plots.save(figure, output)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    try:
+        plots.save(figure, output)
+    except OSError as error:
+        raise SystemExit(f"{output} can't be written: {error}") from None
     print(output.resolve())
 
 
@@ -177,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="psi and its slope; the loss as a feature turns; decision regions of two classes; "
         "features of handwritten digits, learned on the spot",
     )
-    pictures.add_argument("-o", "--output", type=Path, help="the PNG (default: PICTURE.png)")
+    pictures.add_argument("-o", "--output", type=Path, help="the picture (default: PICTURE.png)")
     args = parser.parse_args(arguments)
     if args.command is None:
         report()

@@ -138,7 +138,6 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         self._init_margin(margin, lam, where)
         self.register_buffer("weight", None if weight is None else weight.to(where))
         self.sampling = ClassSampling(sample_rate, seed, where) if sample_rate < 1 else None
-        self.process_group = mesh.get_group()
         on_host = "cpu" in dist.get_backend_config(self.process_group)
         self._sizes_device = torch.device("cpu") if on_host else where
         self.max_local_batch = max_local_batch
@@ -147,6 +146,13 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.memory_budget = memory_budget
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """Of the processes that share the classes; asked for, not kept: a copy of the layer, which
+        an average of its weights is, can't copy it.
+        """
+        return self.linear.mesh.get_group()
 
     @torch.compiler.disable
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -32,8 +32,20 @@ def name_of(margin: int) -> str:
     return "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
 
 
+def format_of(path: Path) -> str:
+    """What a picture of this name is saved as: "png", "pdf" or "svg".
+
+    Raises:
+        ValueError: the name ends otherwise.
+    """
+    ending = path.suffix.lower().removeprefix(".")
+    if ending not in ("png", "pdf", "svg"):
+        raise ValueError(f"{path}: expected a name that ends in .png, .pdf or .svg")
+    return ending
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all.
+    """Write a picture, whole or not at all.
 
     Args:
         figure: of matplotlib.
@@ -41,9 +53,10 @@ def save(figure: Figure, path: Path) -> None:
 
     Raises:
         OSError: it cannot be written.
+        ValueError: its name has no ending of a picture, see :func:`format_of`.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    figure.savefig(buffer, format=format_of(path), bbox_inches="tight")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(buffer.getvalue())

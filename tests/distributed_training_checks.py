@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import lsoftmax
@@ -105,6 +106,27 @@ def data_parallel(world: World) -> None:
             backbone.require_backward_grad_sync = wanted  # what no_sync() sets
 
         assert_same_training(world, backbone, twin, sync, bound, lam=lam)
+
+
+def averaged(world: World) -> None:
+    """A moving average of the weights, which is a copy of the layer: that of one process."""
+    head = ClassParallelLSoftmaxLoss(D, C, dtype=torch.float64, lam=schedule())
+    layers = head, plain_twin(head, lam=schedule())
+    averages = [AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.5)) for layer in layers]
+    optimizers = [sgd(layer) for layer in layers]
+    n = sum(world.sizes)
+    x, y = torch.randn(n, D, dtype=torch.float64), torch.randint(C, (n,))
+    for _ in range(3):
+        for layer, mine in zip(layers, (world.rows, slice(None)), strict=True):
+            layer(x[mine], y[mine]).backward()
+        for average, layer, optimizer in zip(averages, layers, optimizers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(layer)
+    ours, theirs = (average.eval() for average in averages)
+    assert_close(whole(ours.module.linear.weight), theirs.module.linear.weight, "average")
+    assert not torch.equal(whole(ours.module.linear.weight), whole(head.linear.weight))
+    assert_close(ours(x[world.rows], y[world.rows]), theirs(x, y), "loss of the average")
 
 
 def fully_sharded(world: World) -> None:

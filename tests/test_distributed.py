@@ -30,6 +30,7 @@ CHECKS = {
         "distributed_training_checks:fully_sharded",
         "distributed_training_checks:compiled_under_autocast",
         "distributed_training_checks:resumed",
+        "distributed_training_checks:averaged",
         "distributed_traffic_checks:volume",
         "distributed_traffic_checks:dx_travels_meanwhile",
         "distributed_layer_checks:annealed",

@@ -43,22 +43,27 @@ def start(rank: int, port: int, options: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finish(checkpoints: Path, epochs: int, *options: str) -> float:
-    """Goes on from what is there to the end, which must be that of one process: its test error."""
+def launched(*options: str) -> subprocess.CompletedProcess[str]:
+    """Two processes, to their end."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(SCRIPT), "--epochs", str(epochs), *options],
+    return subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(SCRIPT), *options],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def finish(checkpoints: Path, epochs: int, *options: str) -> float:
+    """Goes on from what is there to the end, which must be that of one process: its test error."""
+    done = launched("--epochs", str(epochs), *options)
     assert done.returncode == 0, done.stderr
     together, alone = re.findall(r"process(?:es)?: test error (\S+)%", done.stdout)
     assert together == alone
     assert float(done.stdout.split("element of W:")[1]) < 1e-4
     names = [path.name for path in sorted(checkpoints.iterdir())]
-    assert names == [f"epoch-{epoch:04}" for epoch in (epochs - 1, epochs)]
+    assert names == [*(f"epoch-{epoch:04}" for epoch in (epochs - 1, epochs)), "settings.json"]
     return float(alone)
 
 
@@ -70,6 +75,10 @@ def free_port() -> int:
 
 def test_two_processes_end_as_one(tmp_path: Path) -> None:
     assert finish(tmp_path, 3, "--checkpoints", str(tmp_path)) < 50
+    other = launched("--epochs", "3", "--seed", "1", "--checkpoints", str(tmp_path))
+    assert other.returncode != 0
+    assert "has checkpoints of {'epochs': 3, 'seed': 0" in other.stderr
+    assert not other.stdout
 
 
 @pytest.mark.nightly

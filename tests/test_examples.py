@@ -115,6 +115,7 @@ def test_missing_package_is_named(package, module, monkeypatch):
         (["--margins", "1", "two"], "--margins"),
         (["--device", "abacus"], "--device abacus"),
         (["--output", "."], "is a directory"),
+        (["--output", "digits.txt"], "ends in .png, .pdf or .svg"),
     ],
 )
 def test_bad_options_are_refused_before_training(options, message, capsys):

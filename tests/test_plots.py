@@ -177,5 +177,23 @@ def test_pictures_are_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         plots.save(plots.draw_psi(), Path(path))
+    with pytest.raises(SystemExit, match=r"psi.png can't be written: No space"):
+        command.main(["plot", "psi", "-o", str(path)])
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("ending", "start"), [("pdf", b"%PDF"), ("SVG", b"<?xml")])
+def test_pictures_are_what_their_names_say(ending, start, tmp_path):
+    path = tmp_path / f"psi.{ending}"
+    command.main(["plot", "psi", "-o", str(path)])
+    assert path.read_bytes().startswith(start)
+
+
+def test_a_name_that_is_no_pictures_is_refused_before_the_training(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    from lsoftmax import digits
+
+    monkeypatch.setattr(digits, "learn_all", lambda: 1 / 0)
+    with pytest.raises(SystemExit, match=r"a.txt: expected a name that ends in .png, .pdf or .svg"):
+        command.main(["plot", "features", "-o", str(tmp_path / "a.txt")])

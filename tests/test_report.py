@@ -73,7 +73,7 @@ def test_main_writes_page_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "DOCS", docs)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("c\n<!-- experiments -->\n<!-- end -->\n")
-    report.main()
+    report.main([])
     page = (docs / "experiments.md").read_text()
     assert page.startswith("a\n<!-- mnist -->\n| | test error")
     assert page.endswith("<!-- end -->\nb\n")
