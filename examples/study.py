@@ -25,7 +25,7 @@ from tqdm import tqdm
 import files
 import study_report
 from data import MissingDataError
-from study_tasks import ANNEALINGS, TASKS, Cell, train
+from study_tasks import ANNEALINGS, CLIPS, TASKS, Cell, train
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (0.01, 0.03, 0.1)
@@ -61,12 +61,15 @@ def cells(margin: int, annealing: str, seed: int) -> Iterator[Cell]:
     if margin in (1, 2, 4):
         yield cell("omniglot")
     if margin in (1, 2, 4) and annealing in ("softmax", "for_steps", "by_angle"):
-        for activation in ("relu", "prelu"):
-            for lr in (*RATES, 0.3):
-                yield cell("digits-plain", lr, activation=activation)
-                yield cell("digits-plain-clipped", lr, activation=activation)
-            if margin != 2:
-                yield cell("digits-long-clipped", activation=activation)
+        for clip in ("", *(f"-clip{clip}" for clip in CLIPS)):
+            for activation in ("relu", "prelu"):
+                for lr in (*RATES, 0.3):
+                    yield cell("digits-plain" + clip, lr, activation=activation)
+                if margin != 2 and clip:
+                    yield cell("digits-long" + clip, activation=activation)
+                    yield cell("mnist-long" + clip, activation=activation)
+            if clip:
+                yield cell("omniglot" + clip)
 
 
 def load_results(folder: Path, task: str = "*") -> dict[str, dict[str, Any]]:

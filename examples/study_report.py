@@ -15,15 +15,14 @@ from matplotlib.figure import Figure
 
 import files
 import pages
-from study_tasks import ANNEALINGS, TASKS, Cell
+from study_tasks import ANNEALINGS, CLIPS, TASKS, Cell
 
 DOCS = Path(__file__).parents[1] / "docs"
 KEY = re.compile(" ".join(f"{name}=(.*)" for name in Cell.__dataclass_fields__))
 LOSSES = [name for name in ANNEALINGS if name != "softmax"]
-# What gradients cut down to a norm of 1 change, and networks without normalisation: a table of
-# their own, and no part in the others.
-CLIPPED = {task: f"{task}-clipped" for task in ("digits-plain", "digits-long")}
-COMPARED = [task for task in TASKS if task not in ("digits-plain", *CLIPPED.values())]
+# What clipped gradients change, and networks without normalisation: a table of their own, and no
+# part in the others.
+COMPARED = [name for name, task in TASKS.items() if task.clip is None and name != "digits-plain"]
 WORSE = 5.0  # points of error above softmax's that count as a failure: half a lost digit
 
 Results = dict[Cell, dict[str, Any]]
@@ -185,15 +184,16 @@ def settings_of(results: Results, tasks: Sequence[str]) -> list[Cell]:
 
 
 def clipped_table(results: Results) -> str:
-    """Errors without and with clipped gradients, in every setting where both were trained."""
+    """Errors without and with clipped gradients, in every setting where all were trained."""
     losses = [(m, name) for m in (2, 4) for name in ("for_steps", "by_angle")]
     rows = []
-    for like in settings_of(results, [*CLIPPED]):
+    for like in settings_of(results, ["digits-plain", *COMPARED]):
         row = [like.task, setting(like)]
         for margin, annealing in ((1, "softmax"), *losses):
             cell = replace(like, margin=margin, annealing=annealing)
-            pair = [select(results, c) for c in (cell, replace(cell, task=CLIPPED[like.task]))]
-            row.append(" / ".join(map(errors, pair)) if all(pair) else "-")
+            clipped = [replace(cell, task=f"{like.task}-clip{clip}") for clip in CLIPS]
+            found = [select(results, each) for each in (cell, *clipped)]
+            row.append(" / ".join(map(errors, found)) if all(found) else "-")
         if row[2] != "-":
             rows.append(row)
     names = (f"m = {margin}, {name}" for margin, name in losses)

@@ -23,6 +23,7 @@ from lsoftmax import LambdaSchedule
 from networks import ACTIVATIONS, connected, initialised
 
 TRACED = 50  # points of a recorded training
+CLIPS = (5, 1)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Task:
     features: int
     batch: int
     epochs: int
-    clip: float | None = None  # the norm that the gradient of a training is cut down to
+    clip: int | None = None  # the norm that the gradient of a training is cut down to
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,9 @@ TASKS = {
     "omniglot": Task(load_omniglot, perceptron(225, 128, 64), 64, batch=64, epochs=15),
     "digits-plain": Task(load_digits, plain, 128, batch=64, epochs=100),
 }
-for name in ("digits-plain", "digits-long"):
-    TASKS[f"{name}-clipped"] = replace(TASKS[name], clip=1.0)
+for name in ("digits-plain", "digits-long", "mnist-long", "omniglot"):
+    for clip in CLIPS:
+        TASKS[f"{name}-clip{clip}"] = replace(TASKS[name], clip=clip)
 
 
 def build(cell: Cell, classes: int) -> tuple[nn.Sequential, nn.Linear]:

@@ -171,7 +171,7 @@ def collapse_warning(stats: MarginStats) -> str | None:
             fault = "features or class vectors are not finite"
         return (
             f"Training is diverging: {fault}. Clip the gradients "
-            "(torch.nn.utils.clip_grad_norm_(parameters, 1.0)), normalise the features, or lower "
+            "(torch.nn.utils.clip_grad_norm_(parameters, 5.0)), normalise the features, or lower "
             "the learning rate."
         )
     if s["zero_inputs"] > 0.1:

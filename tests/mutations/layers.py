@@ -25,8 +25,8 @@ FAULTS = [
     portable(
         "schedule: the measured share is not saved",
         "schedule.py",
-        "persistent=held)",
-        "persistent=False)",
+        '"share": held}',
+        '"share": False}',
         RESUMED,
     ),
     portable(
