@@ -147,23 +147,24 @@ class Run:
         Raises:
             SystemExit: on all processes, the checkpoints are of a training with other settings.
         """
-        written = folder / "settings.json"
+        written, saved = folder / "settings.json", sorted(folder.glob("epoch-*"))
         images = list(self.data.train_images.shape)
         mine = {"epochs": self.epochs, "seed": self.seed, "images": images}
+        dist.barrier()  # all have looked
         if self.rank == 0:
             for partial in folder.glob(".epoch-*"):
                 shutil.rmtree(partial)
-            if not written.exists():
+            if not saved:
                 write_json(written, mine)
         dist.barrier()
-        if (found := json.loads(written.read_text())) != mine:
+        if not saved:
+            return
+        found = json.loads(written.read_text()) if written.exists() else "nobody knows what"
+        if found != mine:
             raise SystemExit(
                 f"{folder} has checkpoints of {found}, now it is {mine}: name another folder with "
                 "--checkpoints, or remove it."
             )
-        saved = sorted(folder.glob("epoch-*"))
-        if not saved:
-            return
         state = self._state()
         dcp.load(state, checkpoint_id=saved[-1])
         whole = nn.ModuleDict({"network": self.network, "criterion": self.criterion})

@@ -166,8 +166,8 @@ def collapse_warning(stats: MarginStats) -> str | None:
     s = stats.floats()
     logits = s["input_norm"] * s["weight_norm"]
     if not logits <= _RUNAWAY:
-        fault = f"norms run away, to logits of {logits:.0g}"
-        if not math.isfinite(logits):
+        fault = f"norms run away, and allow logits of {logits:.0g}"
+        if not all(math.isfinite(s[name]) for name in ("input_norm", "weight_norm")):
             fault = "features or class vectors are not finite"
         return (
             f"Training is diverging: {fault}. Clip the gradients "

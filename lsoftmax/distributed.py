@@ -240,7 +240,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         return (
             f"margin={self.margin}, reduction={self.reduction}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
-            f"processes={self.process_group.size()}"
+            f"processes={self.linear.mesh.size()}"
         )
 
 

@@ -48,7 +48,7 @@ class _Annealed(nn.Module):
         """
         own = prefix + "schedule."
         saved = [key.removeprefix(own) for key in self.schedule.state_dict(prefix=own)]
-        loaded = [key for key in state_dict if key.startswith(prefix)]
+        loaded = any(prefix + name in state_dict for name, _ in self.named_parameters())
         if loaded and not any(own + name in state_dict for name in saved):
             beginning = self.schedule.beginning(self.lam.device)
             state_dict.update({own + name: beginning[name] for name in saved})

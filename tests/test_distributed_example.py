@@ -79,6 +79,14 @@ def test_two_processes_end_as_one(tmp_path: Path) -> None:
     assert other.returncode != 0
     assert "has checkpoints of {'epochs': 3, 'seed': 0" in other.stderr
     assert not other.stdout
+    (tmp_path / "settings.json").unlink()
+    other = launched("--epochs", "3", "--checkpoints", str(tmp_path))
+    assert "has checkpoints of nobody knows what" in other.stderr
+
+
+def test_settings_without_a_checkpoint_bind_nobody(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    assert finish(tmp_path, 2, "--checkpoints", str(tmp_path)) < 90
 
 
 @pytest.mark.nightly

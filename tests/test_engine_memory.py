@@ -107,7 +107,7 @@ def test_a_gpu_holds_no_more(
     case: tuple[int, int, int], dtype: torch.dtype, smoothing: float, backend: str, device: str
 ) -> None:
     """Where the rule of the plan meets that of the kernels. A sort takes room of its own there, and
-    torch rounds each array up.
+    torch rounds each array up: a large one by as much as 1 MB, where a rest is not worth splitting.
     """
     n, c, budget = case
     if backend != "cuda":

@@ -131,11 +131,21 @@ def test_class_vectors_without_annealing_begin_it(layer: type, schedule) -> None
             assert torch.equal(getattr(model["head"].schedule, name), getattr(fresh, name))
 
 
-def test_what_is_loaded_of_other_modules_changes_no_annealing() -> None:
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda model: model["body"].state_dict(prefix="body."),
+        lambda model: {"module.head.linear.weight": torch.zeros(5, 6)},  # fits nothing
+    ],
+    ids=["another module's", "nobody's"],
+)
+def test_parts_that_are_loaded_change_no_annealing(part) -> None:
     model = nn.ModuleDict({"body": nn.Linear(4, 6), "head": trained(LSoftmaxLoss, held())})
-    before = copy.deepcopy(model["head"].state_dict())
-    model.load_state_dict(model["body"].state_dict(prefix="body."), strict=False)
-    assert all(torch.equal(v, before[k]) for k, v in model["head"].state_dict().items())
+    before = copy.deepcopy(model.state_dict())
+    model.load_state_dict(part(model), strict=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model["head"].load_state_dict({"other": torch.zeros(1)}, strict=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
