@@ -53,7 +53,7 @@ def save(figure: Figure, path: Path) -> None:
 
     Raises:
         OSError: it cannot be written.
-        ValueError: its name has no ending of a picture, see :func:`format_of`.
+        ValueError: its name has no ending of a picture, see ``format_of``.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format=format_of(path), bbox_inches="tight")
