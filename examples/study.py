@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import platform
 from collections.abc import Iterator, Sequence
@@ -60,16 +61,18 @@ def cells(margin: int, annealing: str, seed: int) -> Iterator[Cell]:
             yield cell(task, activation="prelu")
     if margin in (1, 2, 4):
         yield cell("omniglot")
-    if margin in (1, 2, 4) and annealing in ("softmax", "for_steps", "by_angle"):
-        for clip in ("", *(f"-clip{clip}" for clip in CLIPS)):
-            for activation in ("relu", "prelu"):
-                for lr in (*RATES, 0.3):
-                    yield cell("digits-plain" + clip, lr, activation=activation)
-                if margin != 2 and clip:
-                    yield cell("digits-long" + clip, activation=activation)
-                    yield cell("mnist-long" + clip, activation=activation)
-            if clip:
-                yield cell("omniglot" + clip)
+    if margin == 3 or annealing not in ("softmax", "for_steps", "by_angle"):
+        return
+    clipped = [f"-clip{clip}" for clip in CLIPS]
+    both = ("relu", "prelu")
+    for clip, activation, lr in itertools.product(["", *clipped], both, (*RATES, 0.3)):
+        yield cell("digits-plain" + clip, lr, activation=activation)
+    for clip in clipped:
+        yield cell("omniglot" + clip)
+    if margin != 2:
+        for clip, activation in itertools.product(clipped, both):
+            yield cell("digits-long" + clip, activation=activation)
+            yield cell("mnist-long" + clip, activation=activation)
 
 
 def load_results(folder: Path, task: str = "*") -> dict[str, dict[str, Any]]:

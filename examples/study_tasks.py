@@ -215,7 +215,7 @@ class Runs:
         self.parameters, self.buffers = torch.func.stack_module_state(list(networks))
         self.weight = torch.stack([c.weight.detach() for c in classifiers]).requires_grad_()
         self.schedules = [as_schedule(ANNEALINGS[cell.annealing](steps)) for cell in cells]
-        self.trained = parameters = [*self.parameters.values(), self.weight]
+        parameters = [*self.parameters.values(), self.weight]
         if first.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 parameters, first.lr, momentum=0.9, weight_decay=5e-4
@@ -277,10 +277,12 @@ class Runs:
 
     def clip_gradients(self, norm: float) -> None:
         """As torch.nn.utils.clip_grad_norm_, each run by itself."""
-        gradients = [p.grad.flatten(1) for p in self.trained if p.grad is not None]
-        factors = (norm / (torch.cat(gradients, 1).norm(dim=1) + 1e-6)).clamp(max=1)
+        (group,) = self.optimizer.param_groups
+        gradients = [parameter.grad for parameter in group["params"]]
+        norms = torch.cat([gradient.flatten(1) for gradient in gradients], 1).norm(dim=1)
+        factors = (norm / (norms + 1e-6)).clamp(max=1)
         for gradient in gradients:
-            gradient.mul_(factors.unsqueeze(1))
+            gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
 
 
 @torch.no_grad()

@@ -144,23 +144,24 @@ def plot(picture: str, output: Path) -> None:
     try:
         from . import plots
 
-        plots.format_of(output)  # before what takes a minute
         if picture == "features":
             from . import digits
-
-            torch.set_num_threads(1)  # so small a network gains nothing from two
-            panels, labels = digits.learn_all()
-            figure = plots.draw_features(panels, labels)
-        else:
-            draw = {"psi": plots.draw_psi, "loss": plots.draw_loss, "boundary": plots.draw_boundary}
-            figure = draw[picture]()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise SystemExit(
             f"Pictures need {package}, which is not installed: pip install 'lsoftmax[plot]'"
         ) from None
+    try:
+        plots.format_of(output)  # before what takes a minute
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if picture == "features":
+        torch.set_num_threads(1)  # so small a network gains nothing from two
+        panels, labels = digits.learn_all()
+        figure = plots.draw_features(panels, labels)
+    else:
+        draw = {"psi": plots.draw_psi, "loss": plots.draw_loss, "boundary": plots.draw_boundary}
+        figure = draw[picture]()
     try:
         plots.save(figure, output)
     except OSError as error:

@@ -47,11 +47,11 @@ class _Annealed(nn.Module):
         full margin on class vectors that had none would lose them.
         """
         own = prefix + "schedule."
-        saved = [key.removeprefix(own) for key in self.schedule.state_dict(prefix=own)]
+        saved = self.schedule.state_dict(prefix=own).keys()
         loaded = any(prefix + name in state_dict for name, _ in self.named_parameters())
-        if loaded and not any(own + name in state_dict for name in saved):
+        if loaded and not saved & state_dict.keys():
             beginning = self.schedule.beginning(self.lam.device)
-            state_dict.update({own + name: beginning[name] for name in saved})
+            state_dict.update({key: beginning[key.removeprefix(own)] for key in saved})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _begin_forward(self) -> tuple[Tensor, bool]:

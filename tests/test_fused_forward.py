@@ -13,7 +13,7 @@ from torch import Tensor
 from cases import placed
 from chunks import assert_close, bounds_for, fixed_arguments, run
 from lsoftmax import functional
-from problems import Problem, problem, relative_error, rounding_error
+from problems import Problem, problem, relative_error, rounding_error, with_peaks
 
 IGNORED = -100
 SWITCH = "LSOFTMAX_FUSED_FORWARD"
@@ -129,8 +129,8 @@ def test_logits_of_any_size(
     """Of a logit of 2^33 a float knows the thousands, and exp(thousands) is no number.
 
     Sums of small integers times a power of two are the same logits however they are summed. Of
-    others a row that is done again, and backward in chunks, may have different ones, of which the
-    exponentials are only to be numbers.
+    others a row that is done again, and backward in chunks of classes, may have different ones, of
+    which the exponentials are only to be numbers.
     """
     draw = (lambda *shape: torch.randint(-4, 5, shape) / 4.0) if exact else torch.randn
     # Of the features' numbers and the weights' each half of the size.
@@ -144,8 +144,10 @@ def test_logits_of_any_size(
     true = p.true_loss(margin=4, lam=0.0, reduction="sum")
     assert relative_error(ours[0], true[0]) < 1e-5
     assert all(part.isfinite().all() for part in ours)
+    if not exact and way == ("classes", 264) and log_size > 20:
+        return
     for part, expected in zip(ours[1:], true[1:], strict=True):
-        assert not exact or relative_error(part, expected) < 1e-2
+        assert relative_error(part, expected) < (1e-2 if exact or log_size < 26 else 0.5)
 
 
 @pytest.mark.parametrize("above", [30.0, 41.0, 72.0, 79.0])
@@ -154,10 +156,8 @@ def test_backward_apart_from_a_fused_forward(above: float, device: str, monkeypa
     """Chunks too small to fuse, of a loss that is not: what forward lets lie above a reference,
     the row pass' slack and more, backward must not cut off.
     """
-    x, w = torch.randn(2, 8) / 8, torch.randn(128 * 256, 8) / 8
-    x[:, 0], w[:, 0], w[20_000, 0] = 1, 0, above
-    x, w = (matrix.bfloat16().to(device).requires_grad_() for matrix in (x, w))
-    p = Problem(x, w, torch.randint(256, (2,)).to(device))
+    # Rows enough that the roundings of their few large numbers are like those the bound goes by.
+    p = with_peaks([{20_000 + i: above} for i in range(16)], 32, 128 * 256, torch.bfloat16, device)
     monkeypatch.delenv(SWITCH, raising=False)
     ours, true = run(p, ("classes", 512)), p.true_loss(margin=4, lam=0.0)
     assert_close(ours, true, 1e-5, 2 * rounding_error(p, torch.bfloat16))

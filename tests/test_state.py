@@ -121,10 +121,9 @@ def test_a_checkpoint_from_before_keep_goes_on_at_its_lam() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_class_vectors_without_annealing_begin_it(layer: type, schedule) -> None:
     """However far the layer was: a full margin on others' class vectors would lose them."""
-    fresh = schedule()
-    for before in (layer(6, 5, lam=0.5), nn.ModuleDict({"linear": nn.Linear(6, 5, bias=False)})):
-        if layer is LSoftmaxLinear and isinstance(before, nn.ModuleDict):
-            before = before["linear"]
+    fresh, linear = schedule(), nn.Linear(6, 5, bias=False)
+    plain = linear if layer is LSoftmaxLinear else nn.ModuleDict({"linear": linear})
+    for before in (layer(6, 5, lam=0.5), plain):
         model = nn.ModuleDict({"head": trained(layer, schedule())})
         model.load_state_dict({f"head.{name}": w for name, w in before.state_dict().items()})
         for name in ("steps", "lam", "share"):
