@@ -10,7 +10,6 @@ and both results are printed. On GPUs where there is one for each process, else 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -30,7 +29,6 @@ import lsoftmax
 from data import Labelled, MissingDataError, mnist
 from experiment import positive
 from extras import needed
-from files import write_json
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss, clip_grad_norm_
 
 with needed():
@@ -115,8 +113,10 @@ class Run:
         return 100 * (predicted != self.data.test_labels).double().mean().item()
 
     def train(self, checkpoints: Path | None, shown: bool) -> None:
-        """To the end; with a folder, from the last checkpoint in it."""
+        """To the end; with a folder, from the last checkpoint of such a training in it."""
         if checkpoints is not None:
+            images = "x".join(map(str, self.data.train_images.shape))
+            checkpoints /= f"epochs-{self.epochs}-seed-{self.seed}-images-{images}"
             self._load(checkpoints)
         bar = tqdm(total=self.epochs, initial=self.epoch, unit="epoch", disable=not shown)
         with bar:
@@ -142,29 +142,13 @@ class Run:
                 shutil.rmtree(older)
 
     def _load(self, folder: Path) -> None:
-        """The last checkpoint.
-
-        Raises:
-            SystemExit: on all processes, the checkpoints are of a training with other settings.
-        """
-        written, saved = folder / "settings.json", sorted(folder.glob("epoch-*"))
-        images = list(self.data.train_images.shape)
-        mine = {"epochs": self.epochs, "seed": self.seed, "images": images}
-        dist.barrier()  # all have looked
+        """The last checkpoint."""
+        saved = sorted(folder.glob("epoch-*"))  # the first is saved after all have looked
         if self.rank == 0:
             for partial in folder.glob(".epoch-*"):
                 shutil.rmtree(partial)
-            if not saved:
-                write_json(written, mine)
-        dist.barrier()
         if not saved:
             return
-        found = json.loads(written.read_text()) if written.exists() else "nobody knows what"
-        if found != mine:
-            raise SystemExit(
-                f"{folder} has checkpoints of {found}, now it is {mine}: name another folder with "
-                "--checkpoints, or remove it."
-            )
         state = self._state()
         dcp.load(state, checkpoint_id=saved[-1])
         whole = nn.ModuleDict({"network": self.network, "criterion": self.criterion})

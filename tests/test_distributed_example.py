@@ -55,15 +55,19 @@ def launched(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def folder_of(checkpoints: Path, epochs: int, seed: int = 0) -> Path:
+    return checkpoints / f"epochs-{epochs}-seed-{seed}-images-1297x1x8x8"
+
+
 def finish(checkpoints: Path, epochs: int, *options: str) -> float:
     """Goes on from what is there to the end, which must be that of one process: its test error."""
-    done = launched("--epochs", str(epochs), *options)
+    done = launched("--epochs", str(epochs), "--checkpoints", str(checkpoints), *options)
     assert done.returncode == 0, done.stderr
     together, alone = re.findall(r"process(?:es)?: test error (\S+)%", done.stdout)
     assert together == alone
     assert float(done.stdout.split("element of W:")[1]) < 1e-4
-    names = [path.name for path in sorted(checkpoints.iterdir())]
-    assert names == [*(f"epoch-{epoch:04}" for epoch in (epochs - 1, epochs)), "settings.json"]
+    names = [path.name for path in sorted(folder_of(checkpoints, epochs).iterdir())]
+    assert names == [f"epoch-{epoch:04}" for epoch in (epochs - 1, epochs)]
     return float(alone)
 
 
@@ -74,19 +78,12 @@ def free_port() -> int:
 
 
 def test_two_processes_end_as_one(tmp_path: Path) -> None:
-    assert finish(tmp_path, 3, "--checkpoints", str(tmp_path)) < 50
-    other = launched("--epochs", "3", "--seed", "1", "--checkpoints", str(tmp_path))
-    assert other.returncode != 0
-    assert "has checkpoints of {'epochs': 3, 'seed': 0" in other.stderr
-    assert not other.stdout
-    (tmp_path / "settings.json").unlink()
-    other = launched("--epochs", "3", "--checkpoints", str(tmp_path))
-    assert "has checkpoints of nobody knows what" in other.stderr
-
-
-def test_settings_without_a_checkpoint_bind_nobody(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text("{}")
-    assert finish(tmp_path, 2, "--checkpoints", str(tmp_path)) < 90
+    assert finish(tmp_path, 3) < 50
+    first = sorted(folder_of(tmp_path, 3).rglob("*"))
+    other = launched("--epochs", "1", "--seed", "1", "--checkpoints", str(tmp_path))
+    assert other.returncode == 0, other.stderr
+    assert [p.name for p in folder_of(tmp_path, 1, 1).iterdir()] == ["epoch-0001"]
+    assert sorted(folder_of(tmp_path, 3).rglob("*")) == first
 
 
 @pytest.mark.nightly
@@ -95,10 +92,11 @@ def test_killed_then_resumed_then_the_same_as_one_process(tmp_path: Path) -> Non
     """Red if the survivor hangs or ends well, a checkpoint is not whole, or a training that goes on
     from it ends elsewhere than one that was never interrupted, in a single process.
     """
-    options = ["--timeout", "60", "--checkpoints", str(tmp_path)]
-    port = free_port()
-    first, second = (start(rank, port, ["--epochs", "20", *options]) for rank in range(2))
-    while not list(tmp_path.glob("epoch-0003")):
+    options = ["--timeout", "60"]
+    port, started = free_port(), ["--epochs", "20", "--checkpoints", str(tmp_path), *options]
+    first, second = (start(rank, port, started) for rank in range(2))
+    folder = folder_of(tmp_path, 20)
+    while not (folder / "epoch-0003").exists():
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.05)
     second.kill()
@@ -107,14 +105,14 @@ def test_killed_then_resumed_then_the_same_as_one_process(tmp_path: Path) -> Non
     assert first.returncode != 0
     assert "Connection closed by peer" in error or "Connection reset" in error
 
-    last = sorted(tmp_path.glob("epoch-*"))[-1]
+    last = sorted(folder.glob("epoch-*"))[-1]
     assert last.name < "epoch-0020", "it was killed too late"
     head = lsoftmax.LSoftmaxLoss(16, 10, lam=lsoftmax.LambdaSchedule.for_steps(200))
     state = {f"criterion.{key}": value for key, value in head.state_dict().items()}
     dcp.load({"model": state}, checkpoint_id=last)
     epoch = int(last.name.removeprefix("epoch-"))
     assert state["criterion.schedule.steps"] == 10 * epoch
-    (tmp_path / ".epoch-0099").mkdir()  # as one that was killed while it saved would leave it
+    (folder / ".epoch-0099").mkdir()  # as one that was killed while it saved would leave it
 
     assert finish(tmp_path, 20, *options) < 6
 
