@@ -3,8 +3,9 @@
 // exponential_rows finds the rows whose reference was too far off: their exponentials have
 // overflowed, or are so large that backward's products might. Such a row is done anew by the block
 // that finds it, its logits computed twice from x and w, once for their maximum and once for E.
-// That reads w twice a row, and is for rows that hardly occur: a logit 80 above the target's and a
-// few hundred others'. The host need not know, so nothing waits for the device.
+// That reads w twice a row, and is for rows that hardly occur in a training that goes well: a logit
+// 80 above the target's and a few hundred others'. The host need not know, so nothing waits for the
+// device.
 
 #include <c10/macros/Macros.h>
 
@@ -116,7 +117,8 @@ __global__ void __launch_bounds__(kMaxThreads) exponential_rows_kernel(Exponenti
   }
   e_sum = block_reduce(e_sum, Add{});
   double s = e_sum + exp(m.f - r);
-  if (!(s >= ldexp(1.0, -kSafe) && s <= ldexp(1.0, kSafe))) {  // also where it is NaN
+  // Not where it is NaN, and stays so: one such class vector would have every row done again.
+  if (s < ldexp(1.0, -kSafe) || s > ldexp(1.0, kSafe)) {
     e_sum = redo_row(p, i, m.f);
     __syncthreads();  // thread 0 has written the reference
     r = static_cast<double>(p.reference[i]);

@@ -60,6 +60,7 @@ class _Annealed(nn.Module):
         If so, ``schedule.end_step`` is due once the loss is there: a forward that raised is none.
         """
         schedule, trains = self.schedule, self._is_training()
+        schedule.check_begun()
         return schedule.begin_step() if trains else schedule.lam, trains
 
     def _is_training(self) -> bool:

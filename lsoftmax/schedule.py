@@ -106,10 +106,9 @@ class LambdaSchedule(nn.Module):
         self.auto_step = auto_step
         # A constant is configuration, not state: it is not saved, so that the state_dict of a layer
         # with a constant lam is that of the plain layer.
-        changes, held = not self.is_constant, keep is not None
-        saved = {"steps": changes, "lam": changes, "share": held}
         for name, number in self.beginning().items():
-            self.register_buffer(name, number, persistent=saved[name])
+            self.register_buffer(name, number, persistent=not self.is_constant)
+        self._has_no_numbers = self.lam.is_meta
 
     @classmethod
     def constant(cls, lam: float) -> LambdaSchedule:
@@ -204,6 +203,30 @@ class LambdaSchedule(nn.Module):
         check_device("cosine", cosine, self.lam)
         self._anneal(None, cosine.detach().float(), check_margin(margin))
 
+    def check_begun(self) -> None:
+        """Of a schedule made on the meta device whose buffers have been replaced since, looks once
+        whether by numbers or by uninitialised memory, which transformers' ``from_pretrained`` puts
+        where a checkpoint has nothing. A constant needs none to begin.
+
+        Raises:
+            RuntimeError: the numbers are none that this schedule comes to.
+        """
+        if not self._has_no_numbers or self.lam.is_meta or torch.compiler.is_compiling():
+            return
+        if self.is_constant:
+            self.reset_parameters()
+        steps, lam, share = int(self.steps), float(self.lam), float(self.share)
+        curve, highest = self.value(max(0, steps)), max(self.base, self.minimum, _BASE)
+        in_range = 0.99 * curve <= lam <= 1.01 * highest  # saved in 16 bits, perhaps
+        if steps < 0 or not (in_range and 0 <= share <= 1):
+            raise RuntimeError(
+                f"LambdaSchedule: steps = {steps}, lam = {lam:g}, share = {share:g} are not of this "
+                "schedule. It was made on the meta device, and then its buffers were not "
+                "initialised: call its reset_parameters(), in transformers from _init_weights "
+                "(docs/ecosystem.md)"
+            )
+        self._has_no_numbers = False
+
     def begin_step(self) -> Tensor:
         """lam for a training forward: :meth:`upcoming` with ``auto_step``, else as it is.
 
@@ -262,6 +285,7 @@ class LambdaSchedule(nn.Module):
         """Back to before the first step; a schedule made on the meta device begins here."""
         for name, number in self.beginning(self.lam.device).items():
             setattr(self, name, number)
+        self._has_no_numbers = self.lam.is_meta
 
     def beginning(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The buffers before the first step."""
@@ -274,14 +298,15 @@ class LambdaSchedule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Accepts a checkpoint without annealing, which changes none. And one of a curve without
+        """Accepts a checkpoint without annealing, which changes none. And one that knows of no
         ``keep``: training goes on at that lam.
         """
         state = {prefix + name: value for name, value in self.state_dict().items()}
         if not state.keys() & state_dict.keys():
             state_dict.update(state)
-        elif self.keep is not None and prefix + "lam" in state_dict:
+        elif prefix + "lam" in state_dict and not self.is_constant:
             state_dict.setdefault(prefix + "share", 1 / (1 + state_dict[prefix + "lam"]))
+            self._has_no_numbers = self.lam.is_meta
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("assign_to_params_buffers"):  # into a layer made on the meta device
             self.lam, self.share = self.lam.float(), self.share.float()  # from a 16-bit checkpoint
