@@ -20,6 +20,7 @@ __global__ void anneal_kernel(Anneal p) {
   if (p.next_lam != nullptr) {
     *p.steps += 1;
     *p.lam = *p.next_lam;
+    if (p.keep < 0) *p.share = static_cast<float>(1 / (1 + static_cast<double>(*p.lam)));
   }
   if (p.cosine == nullptr || isinf(*p.cosine)) return;
   constexpr double kPi = 3.14159265358979323846;

@@ -197,7 +197,8 @@ struct Anneal {
   float* share;           // (), each
   const float* next_lam;  // (), of the step that is taken; null: none is
   const float* cosine;    // (), of a batch; null, or inf: nothing was measured
-  double keep, memory;    // of the running mean over batches
+  double keep;            // < 0: share follows lam
+  double memory;          // of the running mean over batches
   int margin;
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,11 +48,22 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 def check_number(name: str, value: float) -> float:
     """The value as a float; TypeError or ValueError unless it is >= 0 and finite in float32."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a number >= 0, got {kind(value)}")
-    if not 0 <= value <= torch.finfo(torch.float32).max:
+    number = value.item() if isinstance(value, np.generic) else value  # float16 may not be compared
+    if not 0 <= number <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name}: expected a number >= 0, finite in float32, got {value}")
-    return float(value)
+    return float(number)
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer, Python's or numpy's; True is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an integer or a floating-point number, Python's or numpy's."""
+    return isinstance(value, (float, np.floating)) or is_integer(value)
 
 
 def check_loss_options(
@@ -60,11 +72,11 @@ def check_loss_options(
     """TypeError or ValueError unless these are what F.cross_entropy takes."""
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {list(REDUCTIONS)}, got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if not is_integer(ignore_index):
         raise TypeError(f"ignore_index: expected an integer, got {kind(ignore_index)}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+    if not is_number(label_smoothing):
         raise TypeError(
             f"label_smoothing: expected a number in [0, 1], got {kind(label_smoothing)}"
         )
@@ -72,14 +84,15 @@ def check_loss_options(
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
 
 
-def check_memory_budget(memory_budget: int | None) -> None:
-    """TypeError or ValueError unless it is None or a number of bytes."""
+def check_memory_budget(memory_budget: int | None) -> int | None:
+    """None or a number of bytes; TypeError or ValueError where it is neither."""
     if memory_budget is None:
-        return
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        return None
+    if not is_integer(memory_budget):
         raise TypeError(f"memory_budget: expected bytes or None, got {kind(memory_budget)}")
     if memory_budget < 1:
         raise ValueError(f"memory_budget: expected a positive number of bytes, got {memory_budget}")
+    return int(memory_budget)
 
 
 def check_class_weight(weight: Tensor, num_classes: int) -> None:

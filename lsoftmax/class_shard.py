@@ -121,11 +121,29 @@ class ClassShard(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Accepts the whole W, a tensor, from the checkpoint of a layer of one process."""
+        """Accepts the whole W, a tensor, from the checkpoint of a layer of one process.
+
+        Raises:
+            ValueError: the rows are those of another process, or of another number of processes.
+        """
         key = prefix + "weight"
         whole: Any = state_dict.get(key)
+        if isinstance(whole, DTensor):
+            theirs, mine = (_place(mesh) for mesh in (whole.device_mesh, self.mesh))
+            if theirs != mine:
+                raise ValueError(
+                    f"{key}: expected the rows of process {mine}, got those of {theirs}. "
+                    "torch.save has the rows of one process: use torch.distributed.checkpoint, or "
+                    "save all with StateDictOptions(full_state_dict=True) (docs/distributed.md)"
+                )
         is_plain = isinstance(whole, Tensor) and not isinstance(whole, DTensor)
         if is_plain and whole.shape == self.weight.shape:
             mine = whole[self.classes.start : self.classes.stop]
             state_dict[key] = self._whole(mine.to(self.local()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _place(mesh: DeviceMesh) -> str:
+    """Of the process that has (or had, when the mesh was saved) this mesh."""
+    coordinate = mesh.get_coordinate()
+    return f"{'none' if coordinate is None else coordinate[0]} of {mesh.size()}"

@@ -110,25 +110,42 @@ def margin_stats(
         >>> print(collapse_warning(stats))
         None
     """
+    if hasattr(linear_weight, "full_tensor"):
+        raise TypeError(
+            "linear_weight: expected a plain tensor, got a DTensor: a class-parallel layer has "
+            "margin_stats(input, target) of its own, of others pass weight.full_tensor()"
+        )
     margin = checks.check_margin(margin)
-    x, w = _wide(input), _wide(linear_weight)
+    x, w = wide(input), wide(linear_weight)
     checks.check_matrices(x, w, target)
     x, y = functional.as_batch(x, target)
-    if y.shape[0] == 0:
-        raise ValueError("input: expected at least one row, got none")
-    lam = checks.lam_tensor(lam, x).clone()  # a schedule changes its own in place
+    lam = checks.lam_tensor(lam, x)
     y, _ = valid_targets(y, w.shape[0], NO_INDEX)
-    x_norms, w_norms = (torch.linalg.vector_norm(rows, dim=1) for rows in (x, w))
-    a, b = x_norms, w_norms.index_select(0, y)
-    theta = _angles(x, w.index_select(0, y), a, b)
+    largest = largest_other(x, w, y, w.shape[0])
+    return summary(x, w.index_select(0, y), row_norms(w), largest, margin, lam)
+
+
+def summary(
+    x: Tensor, own: Tensor, w_norms: Tensor, largest: Tensor, margin: int, lam: Tensor
+) -> MarginStats:
+    """The figures, from features (N, D), each one's class vector (N, D), the norms of all class
+    vectors (C,), and each feature's largest logit (N,) but for its class's.
+
+    Raises:
+        ValueError: there is no feature.
+    """
+    if x.shape[0] == 0:
+        raise ValueError("input: expected at least one row, got none")
+    x_norms, own_norms = row_norms(x), row_norms(own)
+    theta = _angles(x, own, x_norms, own_norms)
     has_angle = theta.isfinite()
 
-    edges = torch.arange(1, margin, device=x.device, dtype=x.dtype) * (math.pi / margin)
+    edges = torch.arange(1, margin, device=x.device, dtype=theta.dtype) * (math.pi / margin)
     bucket = (theta.unsqueeze(1) > edges).sum(1)
     counts = (bucket.unsqueeze(1) == torch.arange(margin, device=x.device)) & has_angle.unsqueeze(1)
     cosine = theta.cos()
-    own = a * b * (psi(cosine, margin) + lam * cosine) / (1 + lam)
-    own = torch.where(has_angle, own, 0.0)  # the plain logit of a row without an angle
+    logit = x_norms * own_norms * (psi(cosine, margin) + lam * cosine) / (1 + lam)
+    logit = torch.where(has_angle, logit, 0.0)  # the plain logit of a row without an angle
 
     degrees = torch.rad2deg(theta)
     # Made on the device: numbers copied to it would have to be waited for.
@@ -140,7 +157,7 @@ def margin_stats(
         angle_50=quantiles[1],
         angle_90=quantiles[2],
         buckets=counts.sum(0) / has_angle.sum(),
-        satisfied=(own > _largest_other(x, w, y)).double().mean(),
+        satisfied=(logit > largest).double().mean(),
         input_norm_min=x_norms.min(),
         input_norm=x_norms.mean(),
         input_norm_max=x_norms.max(),
@@ -149,7 +166,7 @@ def margin_stats(
         weight_norm_max=w_norms.max(),
         zero_inputs=(x_norms == 0).double().mean(),
         lost_classes=(w_norms <= _LOST * w_norms.mean()).sum(),
-        lam=lam,
+        lam=lam.clone(),  # a schedule changes its own in place
     )
 
 
@@ -191,11 +208,17 @@ def collapse_warning(stats: MarginStats) -> str | None:
     )
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """In the type of the logits, where it has one: what is no such tensor is found out later."""
     if isinstance(tensor, Tensor) and tensor.is_floating_point():
         return tensor.to(accumulate_type(tensor.dtype))
     return tensor
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """(N,) float64, in which the square of no float32 overflows or vanishes."""
+    few = rows.split(max(1, _PANEL // rows.shape[1]))  # of which a copy in float64 is no matter
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in few])
 
 
 def _angles(x: Tensor, w: Tensor, x_norms: Tensor, w_norms: Tensor) -> Tensor:
@@ -209,10 +232,13 @@ def _angles(x: Tensor, w: Tensor, x_norms: Tensor, w_norms: Tensor) -> Tensor:
     return 2 * torch.atan2(across, along)
 
 
-def _largest_other(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """The largest logit (N,) of a row but for its target's; -inf where there is no other class."""
+def largest_other(x: Tensor, w: Tensor, y: Tensor, num_classes: int | None) -> Tensor:
+    """The largest logit (N,) of a row but for its target's; -inf where there is no other class.
+
+    ``num_classes`` is None where targets may be in no row of W at all: those of other shards, -1.
+    """
     largest = x.new_full(y.shape, -math.inf)
-    for classes, _, z in panels(x, w, max(1, _PANEL // y.shape[0])):
-        TargetColumn(z, classes, y, w.shape[0]).fill(-math.inf)
+    for classes, _, z in panels(x, w, max(1, _PANEL // max(1, y.shape[0]))):
+        TargetColumn(z, classes, y, num_classes).fill(-math.inf)
         largest = torch.maximum(largest, z.amax(1))
     return largest

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from . import checks, class_parallel, functional
+from . import checks, class_parallel, functional, shard_stats
 from .class_parallel import Options, Targets, gather_targets
 from .class_shard import ClassShard, mesh_of
+from .diagnostics import MarginStats, wide
 from .margin import accumulate_type
 from .modules import _Annealed
 from .plan import choose
@@ -125,7 +126,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
             max_local_batch = checks.positive("max_local_batch", max_local_batch)
         checks.check_dtype(dtype)
         checks.check_loss_options(reduction, ignore_index, label_smoothing)
-        checks.check_memory_budget(memory_budget)
+        budget = checks.check_memory_budget(memory_budget)
         if weight is not None:
             checks.check_class_weight(weight, num_classes)
         _check_sampling(sample_rate, label_smoothing)
@@ -143,9 +144,9 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         self.max_local_batch = max_local_batch
         self.averaged = averaged
         self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.memory_budget = memory_budget
+        self.ignore_index = int(ignore_index)
+        self.label_smoothing = float(label_smoothing)
+        self.memory_budget = budget
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -203,6 +204,22 @@ class ClassParallelLSoftmaxLoss(_Annealed):
             start = group.rank() * size
             return loss[start : start + target.shape[0]]
         return loss
+
+    @torch.no_grad()
+    def margin_stats(self, input: Tensor, target: Tensor) -> MarginStats:
+        """:func:`lsoftmax.margin_stats` of the batches of all processes together, for a log.
+
+        Every process must call it, and gets the same figures; rows of ``ignore_index`` do not
+        count. Each process holds the features of all meanwhile, and of its logits a panel.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or shape, or all batches are empty.
+            IndexError: a target outside [0, C), on a CPU, on every process.
+        """
+        x, w = wide(input), wide(self.linear.local())
+        self._check(x, w, target)
+        own = self.ignore_index, self.margin, self.lam
+        return shard_stats.margin_stats(x, self.linear, target, *own)
 
     def _check(self, x: Tensor, w: Tensor, target: Tensor) -> None:
         whole = w.new_empty(()).expand(self.num_classes, self.in_features)
@@ -280,7 +297,7 @@ def clip_grad_norm_(
 
 
 def _check_sampling(sample_rate: float, label_smoothing: float) -> None:
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
+    if not checks.is_number(sample_rate):
         raise TypeError(
             f"sample_rate: expected a number in (0, 1], got {type(sample_rate).__name__}"
         )

@@ -79,7 +79,7 @@ class LargeMarginSoftmaxLoss(losses.LargeMarginSoftmaxLoss, _Annealed):  # type:
         **kwargs: Any,
     ) -> None:
         margin = checks.check_margin(margin)
-        checks.check_memory_budget(memory_budget)
+        budget = checks.check_memory_budget(memory_budget)
         if not scale > 0:
             raise ValueError(f"scale: expected > 0, got {scale}")
         super().__init__(num_classes, embedding_size, margin, scale, **kwargs)
@@ -91,7 +91,7 @@ class LargeMarginSoftmaxLoss(losses.LargeMarginSoftmaxLoss, _Annealed):  # type:
         # A row of memory per class, which is what the loss reads and its gradient is.
         self.W = nn.Parameter(self.W.detach().t().contiguous().t())
         self._init_margin(margin, lam, self.W.device)
-        self.memory_budget = memory_budget
+        self.memory_budget = budget
 
     def compute_loss(
         self,

@@ -137,7 +137,7 @@ class LSoftmaxLoss(_Annealed):
         num_classes = checks.positive("num_classes", num_classes)
         checks.check_dtype(dtype)
         checks.check_loss_options(reduction, ignore_index, label_smoothing)
-        checks.check_memory_budget(memory_budget)
+        budget = checks.check_memory_budget(memory_budget)
         if weight is not None:
             checks.check_class_weight(weight, num_classes)
         self.linear = nn.Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
@@ -146,9 +146,9 @@ class LSoftmaxLoss(_Annealed):
             weight = weight.to(self.linear.weight.device)
         self.register_buffer("weight", weight)
         self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.memory_budget = memory_budget
+        self.ignore_index = int(ignore_index)
+        self.label_smoothing = float(label_smoothing)
+        self.memory_budget = budget
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss; a training forward with gradients enabled advances the schedule by one step."""

@@ -58,12 +58,15 @@ def anneal_(
         cosine: of a batch, ``rows.low_cosine``, 0-dim float32, NaN and what is below 0 counting as
             0; None, or inf, as of no rows: nothing was measured.
         margin: of the layer.
-        keep: the share of softmax's logit that the target's is to keep at that angle.
+        keep: the share of softmax's logit that the target's is to keep at that angle. Below 0: none
+            is, and ``share`` is that of each lam, for whoever goes on with a keep.
         memory: of the running mean over batches.
     """
     if next_lam is not None:
         steps.add_(1)
         lam.copy_(next_lam)
+        if keep < 0:
+            share.copy_(torch.as_tensor(1.0 / (1.0 + vector(lam))))
     if cosine is None:
         return
     xp = namespace(share)

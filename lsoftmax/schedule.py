@@ -71,7 +71,8 @@ class LambdaSchedule(nn.Module):
     Attributes:
         steps: 0-dim int64 buffer, training steps taken.
         lam: 0-dim float32 buffer, the current value.
-        share: 0-dim float32 buffer, 1 / (1 + lam) that the angles so far allow; of use to ``keep``.
+        share: 0-dim float32 buffer, with ``keep`` the 1 / (1 + lam) that the angles so far allow,
+            without it that of ``lam``.
 
     Raises:
         TypeError: a parameter is not a number.
@@ -97,7 +98,7 @@ class LambdaSchedule(nn.Module):
         for name, value in parameters.items():
             check_number(name, value)
         if keep is not None:
-            check_number("keep", keep)
+            keep = check_number("keep", keep)
             if keep >= 1:
                 raise ValueError(f"keep: expected in [0, 1), got {keep}")
         self.base, self.gamma = float(base), float(gamma)
@@ -220,10 +221,9 @@ class LambdaSchedule(nn.Module):
         in_range = 0.99 * curve <= lam <= 1.01 * highest  # saved in 16 bits, perhaps
         if steps < 0 or not (in_range and 0 <= share <= 1):
             raise RuntimeError(
-                f"LambdaSchedule: steps = {steps}, lam = {lam:g}, share = {share:g} are not of this "
-                "schedule. It was made on the meta device, and then its buffers were not "
-                "initialised: call its reset_parameters(), in transformers from _init_weights "
-                "(docs/ecosystem.md)"
+                f"LambdaSchedule: steps = {steps}, lam = {lam:g}, share = {share:g} are not its "
+                "own. It was made on the meta device and not initialised since: call its "
+                "reset_parameters(), in transformers from _init_weights (docs/ecosystem.md)"
             )
         self._has_no_numbers = False
 
@@ -251,7 +251,7 @@ class LambdaSchedule(nn.Module):
         if self.keep is None:
             cosine = None
         state = self.steps, self.lam, self.share
-        _anneal_op(*state, lam, cosine, margin, self.keep or 0.0, _MEMORY)
+        _anneal_op(*state, lam, cosine, margin, -1.0 if self.keep is None else self.keep, _MEMORY)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(state)
 
@@ -289,17 +289,19 @@ class LambdaSchedule(nn.Module):
 
     def beginning(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The buffers before the first step."""
+        lam = self.value(0)
+        share = 1 / (1 + lam) if self.keep is None else 0.0
         return {
             "steps": torch.zeros((), dtype=torch.int64, device=device),
-            "lam": torch.full((), self.value(0), dtype=torch.float32, device=device),
-            "share": torch.zeros((), dtype=torch.float32, device=device),
+            "lam": torch.full((), lam, dtype=torch.float32, device=device),
+            "share": torch.full((), share, dtype=torch.float32, device=device),
         }
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Accepts a checkpoint without annealing, which changes none. And one that knows of no
-        ``keep``: training goes on at that lam.
+        """Accepts a checkpoint without annealing, which changes none. And one of before there was a
+        ``share``: training goes on at its lam.
         """
         state = {prefix + name: value for name, value in self.state_dict().items()}
         if not state.keys() & state_dict.keys():

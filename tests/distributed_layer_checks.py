@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lsoftmax
 from distributed_run import World, assert_close, same_everywhere
+from lsoftmax.distributed import ClassParallelLSoftmaxLoss
 from problems import nearest
 
 ROWS, F, D, C = 4, 5, 6, 7  # ROWS of each process
@@ -68,3 +70,30 @@ def annealed(world: World) -> None:
             dist.broadcast(buffer, 0)
         upcoming = sharded.head.schedule.upcoming()
         assert same_everywhere(upcoming)
+
+
+def stats(world: World) -> None:
+    """Of all batches and all classes, one class lost, one row zero, one ignored; and of no row."""
+    for classes in (C, world.size * 3, 1):
+        torch.manual_seed(world.seed)
+        head = ClassParallelLSoftmaxLoss(D, classes, margin=3, lam=0.7)
+        w = torch.randn(classes, D)
+        w[-1] = 0 if classes > 1 else w[-1]
+        head.load_state_dict({"linear.weight": w})
+        sizes = [ROWS + rank for rank in range(world.size - 1)] + [0 if world.size > 1 else ROWS]
+        x, y = torch.randn(sum(sizes), D), torch.randint(classes, (sum(sizes),))
+        x[1] = 0
+        y[2] = -100
+        start = sum(sizes[: world.rank])
+        rows = slice(start, start + sizes[world.rank])
+        kept = y >= 0
+        expected = lsoftmax.margin_stats(x[kept], w, y[kept], 3, 0.7)
+        for name, value in head.margin_stats(x[rows], y[rows])._asdict().items():
+            truth = getattr(expected, name).double()  # NaN where all rows are of the lost class
+            torch.testing.assert_close(
+                value.double(), truth, rtol=1e-6, atol=1e-9, equal_nan=True, msg=name
+            )
+        with pytest.raises(ValueError, match="at least one row"):
+            head.margin_stats(x[:1], torch.tensor([-100]))
+    with pytest.raises(TypeError, match=r"got a DTensor: .* margin_stats\(input, target\)"):
+        lsoftmax.margin_stats(x, head.linear.weight, y)

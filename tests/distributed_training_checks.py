@@ -307,6 +307,21 @@ def whole_state_dicts(world: World) -> None:
     assert other.schedule.steps == 1
 
 
+def rows_of_another(world: World) -> None:
+    """torch.save has the rows of one process; red if another takes them for its own."""
+    head, _ = training_of(1)
+    mine, theirs = (world.folder / f"rows-{rank}.pt" for rank in (world.rank, 0))
+    torch.save(head.state_dict(), mine)
+    dist.barrier()
+    other, _ = training_of(2)
+    other.load_state_dict(torch.load(mine, weights_only=False))
+    assert torch.equal(whole(other.linear.weight), whole(head.linear.weight))
+    if world.rank > 0:
+        message = f"process {world.rank} of {world.size}, got those of 0 of {world.size}"
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(torch.load(theirs, weights_only=False))
+
+
 # ---- failures ----------------------------------------------------------------------------------
 
 

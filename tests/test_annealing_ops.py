@@ -145,6 +145,16 @@ def test_anneal(device: str) -> None:
             assert float(share) == pytest.approx(expected, rel=3e-7)
 
 
+def test_share_of_a_curve_is_that_of_lam(device: str) -> None:
+    for following, held in ((8.0, 1 / 9), (0.0, 1.0), (1e30, 1e-30)):
+        steps = torch.tensor(41, device=device)
+        lam, share, given = numbers(device, 9.0, 0.25, following)
+        torch.ops.lsoftmax.anneal_(steps, lam, share, None, None, 3, -1.0, 0.9)
+        assert float(share) == 0.25
+        torch.ops.lsoftmax.anneal_(steps, lam, share, given, None, 3, -1.0, 0.9)
+        assert float(share) == pytest.approx(held, rel=3e-7)
+
+
 def test_a_step_counts_as_a_change_in_place() -> None:
     """So that autograd notices where lam was kept for a backward pass."""
     head = lsoftmax.LSoftmaxLoss(4, 3)

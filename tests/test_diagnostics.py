@@ -113,6 +113,17 @@ def test_panels_of_classes(monkeypatch):
     check(lsoftmax.margin_stats(x, w, y, 2, 0.1), expected(x, w, y, 2, 0.1))
 
 
+@pytest.mark.parametrize(("x_scale", "w_scale"), [(2.0**-90, 1.0), (2.0**65, 1.0), (1.0, 2.0**-80)])
+def test_norms_whose_squares_are_no_float32(x_scale, w_scale):
+    """Red if a tiny row counts as zero, or a huge one as infinite."""
+    x, w, y = batch()
+    got = lsoftmax.margin_stats(x * x_scale, w * w_scale, y, 3).floats()
+    for name, value in lsoftmax.margin_stats(x, w, y, 3).floats().items():
+        scale = x_scale if name.startswith("input_norm") else 1.0
+        scale = w_scale if name.startswith("weight_norm") else scale
+        assert got[name] == pytest.approx(np.multiply(value, scale).tolist(), rel=1e-6), name
+
+
 def test_one_class_and_one_row():
     x, w, y = batch(n=1, c=1)
     check(lsoftmax.margin_stats(x[0], w, y[0], 2), expected(x, w, y, 2, 0.0))

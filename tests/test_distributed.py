@@ -23,7 +23,7 @@ EVERYWHERE = (
     "distributed_checks:targets_of_one_shard",
 )
 CHECKS = {
-    1: ("distributed_checks:arguments", *EVERYWHERE),
+    1: ("distributed_checks:arguments", "distributed_layer_checks:stats", *EVERYWHERE),
     2: (
         *EVERYWHERE,
         "distributed_training_checks:data_parallel",
@@ -31,6 +31,7 @@ CHECKS = {
         "distributed_training_checks:compiled_under_autocast",
         "distributed_training_checks:resumed",
         "distributed_training_checks:averaged",
+        "distributed_training_checks:rows_of_another",
         "distributed_traffic_checks:volume",
         "distributed_traffic_checks:dx_travels_meanwhile",
         "distributed_layer_checks:annealed",
@@ -42,10 +43,16 @@ CHECKS = {
         "distributed_training_checks:data_parallel",
         "distributed_training_checks:sampled",
         "distributed_training_checks:whole_state_dicts",
+        "distributed_layer_checks:stats",
         "distributed_traffic_checks:frozen_backbone",
         "distributed_checks:target_outside",
     ),
-    4: (*EVERYWHERE, "distributed_traffic_checks:volume", "distributed_checks:mesh_dimension"),
+    4: (
+        *EVERYWHERE,
+        "distributed_layer_checks:stats",
+        "distributed_traffic_checks:volume",
+        "distributed_checks:mesh_dimension",
+    ),
     8: (
         *EVERYWHERE,
         "distributed_traffic_checks:volume",

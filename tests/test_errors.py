@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -258,3 +259,19 @@ def test_the_engine_checks_for_itself(device: str, backend: str) -> None:
         saved = (x, w, y, None, parts["e"], parts["rows"], divisor)
         with pytest.raises(RuntimeError, match="expected"):
             torch.ops.lsoftmax.loss_bwd(parts["grad"], *saved, -100, 0.0, 0, True, True)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """In layers as Python's own, which torch.compile knows."""
+    options = {"ignore_index": 1, "label_smoothing": 0.25, "memory_budget": 10**9}
+    of_numpy = {"ignore_index": np.int64(1), "label_smoothing": np.float32(0.25)}
+    of_numpy["memory_budget"] = np.int32(10**9)
+    x, w, y = torch.randn(N, D), torch.randn(C, D), torch.randint(C, (N,))
+    loss = lsoftmax.functional.lsoftmax_loss(x, w, y, np.int8(3), np.float64(0.5), **of_numpy)
+    assert loss == lsoftmax.functional.lsoftmax_loss(x, w, y, 3, 0.5, **options)
+    curve = lsoftmax.LambdaSchedule(np.float32(9), np.float64(0.5), np.int64(2), keep=np.float16(0))
+    layer = lsoftmax.LSoftmaxLoss(np.int64(D), np.int64(C), np.int64(3), lam=curve, **of_numpy)
+    for name, value in options.items():
+        assert getattr(layer, name) == value
+        assert type(getattr(layer, name)) is type(value)
+    assert lsoftmax.LSoftmaxLoss(D, C, lam=np.float32(0.5)).lam == 0.5

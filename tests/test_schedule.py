@@ -91,9 +91,10 @@ def test_no_angle_means_softmax(cosine: float, margin: int) -> None:
 
 def test_without_keep_nothing_is_measured() -> None:
     schedule = LambdaSchedule(10.0, 0.5, 2.0)
-    schedule.observe(torch.tensor(0.9), 4)
-    assert schedule.share == 0
-    assert list(schedule.state_dict()) == ["steps", "lam"]
+    for steps in range(3):
+        schedule.observe(torch.tensor(0.9), 4)
+        assert float(schedule.share) == pytest.approx(1 / (1 + schedule.value(steps)))
+        schedule.step()
 
 
 def test_what_is_no_lam_and_no_cosine_changes_nothing() -> None:

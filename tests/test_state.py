@@ -106,15 +106,26 @@ def test_a_file_of_tensors_alone(layer: type, schedule) -> None:
 
 
 def test_a_checkpoint_from_before_keep_goes_on_at_its_lam() -> None:
-    """Red where the share starts from nothing, which is lam = 1000 again."""
+    """Red where the share starts from nothing, which is lam = 1000 again. Older ones have none."""
     head = trained(LSoftmaxLoss, curve(), steps=40)
     state = head.state_dict()
-    assert set(state) == {"linear.weight", "schedule.steps", "schedule.lam"}
-    other = LSoftmaxLoss(6, 5, margin=3, lam=held())
-    other.load_state_dict(state)
-    assert other.schedule.steps == 40
-    torch.testing.assert_close(other.schedule.upcoming(), head.lam, rtol=1e-6, atol=0)
-    assert "schedule.share" not in state
+    names = {"linear.weight", "schedule.steps", "schedule.lam"}
+    assert set(state) == {*names, "schedule.share"}
+    for saved in (state, {name: state[name] for name in names}):
+        other = LSoftmaxLoss(6, 5, margin=3, lam=held())
+        other.load_state_dict(saved)
+        assert other.schedule.steps == 40
+        torch.testing.assert_close(other.schedule.upcoming(), head.lam, rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match=r"Missing key.*schedule\.lam"):
+        other.load_state_dict({name: state[name] for name in names - {"schedule.lam"}})
+
+
+def test_a_checkpoint_of_keep_goes_on_along_the_curve() -> None:
+    head = trained(LSoftmaxLoss, held())
+    other = LSoftmaxLoss(6, 5, margin=3, lam=curve())
+    other.load_state_dict(head.state_dict())
+    assert other.schedule.steps == 3
+    assert other.schedule.upcoming() == pytest.approx(curve().value(4))
 
 
 @pytest.mark.parametrize("schedule", [curve, held])
@@ -147,25 +158,18 @@ def test_parts_that_are_loaded_change_no_annealing(part) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "names"),
-    [
-        (curve, constant, {"steps", "lam"}),
-        (held, constant, {"steps", "lam", "share"}),
-        (held, curve, {"share"}),
-    ],
-)
-def test_another_annealing_is_refused(before, now, names: set[str]) -> None:
-    """Strictly; without it, what both have is loaded."""
+@pytest.mark.parametrize("before", [curve, held])
+def test_a_constant_refuses_an_annealing(before) -> None:
+    """Strictly; without it, the class vectors are loaded."""
     state = trained(LSoftmaxLoss, before()).state_dict()
-    head = LSoftmaxLoss(6, 5, margin=3, lam=now())
+    head = LSoftmaxLoss(6, 5, margin=3, lam=constant())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*schedule\."):
         head.load_state_dict(state)
     result = head.load_state_dict(state, strict=False)
     assert result.missing_keys == []
-    assert set(result.unexpected_keys) == {f"schedule.{name}" for name in names}
+    assert set(result.unexpected_keys) == {"schedule.steps", "schedule.lam", "schedule.share"}
     assert torch.equal(head.linear.weight, state["linear.weight"])
-    assert head.schedule.is_constant or head.schedule.steps == 3
+    assert head.schedule.steps == 0
 
 
 # ---- the meta device -----------------------------------------------------------------------------
@@ -218,6 +222,51 @@ def test_a_type_for_all_leaves_the_count_an_integer() -> None:
     assert head.linear.weight.dtype == torch.float16
     assert (head.schedule.steps.dtype, head.lam.dtype) == (torch.int64, torch.float32)
     assert head.schedule.steps == 3
+
+
+def assigned(head: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """As transformers' from_pretrained fills a model made on the meta device: by setattr, with junk
+    in what is in no checkpoint.
+    """
+    for module, own in ((head.linear, "linear."), (head.schedule, "schedule.")):
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            junk = torch.full((), 77, dtype=tensor.dtype).expand(tensor.shape).clone()
+            value = state.get(own + name, junk)
+            setattr(module, name, nn.Parameter(value) if own == "linear." else value)
+    return head
+
+
+@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("steps", [1, 40])
+def test_filled_by_assignment_of_attributes(schedule, steps: int) -> None:
+    """A schedule that was in the checkpoint goes on; of a constant there is nothing to load."""
+    head = trained(LSoftmaxLoss, schedule(), steps=steps)
+    x, y = batch(head)
+    state = head.state_dict()
+    with torch.device("meta"):
+        empty = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
+    for again in (empty, copy.deepcopy(empty).eval()):
+        other = assigned(again, copy.deepcopy(state))
+        expected = copy.deepcopy(head).train(other.training)
+        assert torch.equal(other(x, y), expected(x, y))
+        assert torch.equal(other.schedule.steps, expected.schedule.steps)
+
+
+@pytest.mark.parametrize("schedule", [curve, held])
+def test_junk_for_numbers_is_refused(schedule) -> None:
+    """Where the layer is used, in training and out of it, until it is reset."""
+    state = {"linear.weight": torch.randn(5, 6)}
+    with torch.device("meta"):
+        head = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
+    x, y = torch.randn(4, 6), torch.arange(4)
+    for training in (True, False):
+        other = assigned(copy.deepcopy(head), state).train(training)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"steps = 77, lam = 77.*reset_parameters\(\)"):
+                other(x, y)
+        other.schedule.reset_parameters()
+        other(x, y)
+        assert other.schedule.steps == int(training)
 
 
 @pytest.mark.parametrize("schedule", [curve, held, constant])
