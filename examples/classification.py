@@ -45,8 +45,8 @@ def compare(
     if args.epochs is not None:
         setting = replace(setting, recipe=replace(setting.recipe, epochs=args.epochs))
     data = data.to(args.device)
-    sizes = {"train": len(data.train_labels), "test": len(data.test_labels)}
-    settings = describe(args, setting, sizes)
+    counts, test = [len(data.train_labels)], len(data.test_labels)
+    settings = describe(args, setting, counts, test=test)
     results = Results(args.output, {**settings, "augment": augment is not None})
 
     def train(run: Row, checkpoint: Path, after_epoch: Callable[[Log], object]) -> Row:

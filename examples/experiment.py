@@ -92,16 +92,27 @@ class Results:
     """The rows of results.json, one a run, and the checkpoints of runs that have not ended.
 
     Raises:
-        SystemExit: the file is of an experiment with other settings.
+        SystemExit: the file is of an experiment with other settings, or of none, or can't be
+            written.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--output {folder}: {error}") from None
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         self.path = folder / "results.json"
         self.rows: list[Row] = []
         if self.path.exists():
-            saved = json.loads(self.path.read_text())
+            try:
+                saved = json.loads(self.path.read_text())
+                saved = {key: saved[key] for key in ("settings", "rows")}
+            except (ValueError, KeyError, TypeError) as error:
+                raise SystemExit(
+                    f"{self.path} is none of this program's: {error!r}\nName another folder with "
+                    "--output, or remove it."
+                ) from None
             if saved["settings"] != self.settings:
                 raise SystemExit(
                     f"{self.path} has other settings:\n  {saved['settings']}\nnow:\n  "
@@ -152,14 +163,18 @@ def run_all(
             if log["warning"] is not None:
                 bar.write(f"{bar.desc}epoch {log['epoch']}: {log['warning']}")
 
-        for run in runs:
-            bar.set_description(label(run))
-            row = results.find(run)
-            if row is not None:
-                bar.update(epochs)
-            else:
-                row = results.add(run, train(run, results.checkpoint(run), after_epoch))
-            rows.append(row)
+        try:
+            for run in runs:
+                bar.set_description(label(run))
+                row = results.find(run)
+                if row is not None:
+                    bar.update(epochs)
+                else:
+                    row = results.add(run, train(run, results.checkpoint(run), after_epoch))
+                rows.append(row)
+        except KeyboardInterrupt:
+            bar.write("Interrupted. The same command goes on after the last whole epoch.")
+            raise SystemExit(130) from None
     return rows
 
 
@@ -203,14 +218,22 @@ def figures_of(training: Training) -> Row:
     }
 
 
-def describe(args: argparse.Namespace, setting: Setting, data: dict[str, int]) -> dict[str, Any]:
-    """The settings that results.json tells, which a resumed experiment must share."""
+def describe(
+    args: argparse.Namespace, setting: Setting, counts: Sequence[int], **data: int
+) -> dict[str, Any]:
+    """The settings that results.json tells, which a resumed experiment must share.
+
+    ``counts``: images that each training has; where they differ so do the schedules.
+    """
+    bounds = list(dict.fromkeys((min(counts), max(counts))))
+    schedules = [setting.schedule(setting.recipe.steps(count)).extra_repr() for count in bounds]
     return {
         "recipe": args.recipe,
         **asdict(setting.recipe),
         "features": setting.features,
-        "schedule": setting.schedule(setting.recipe.steps(data["train"])).extra_repr(),
+        "schedule": " to ".join(dict.fromkeys(schedules)),
         "amp": args.amp,
+        "train": bounds[0] if len(bounds) == 1 else f"{bounds[0]} to {bounds[1]}",
         **data,
     }
 

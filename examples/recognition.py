@@ -26,12 +26,12 @@ from pairs import Verification
 from training import Augment, Log, features_of
 from verification import FAR_GRID, accuracy, best_threshold, cosines, curve, fold_accuracies
 
-COLUMNS = {
-    "accuracy": "accuracy, %",
-    "eer": "EER, %",
-    "tar_1e-2": "TAR at FAR 1%, %",
-    "tar_1e-3": "TAR at FAR 0.1%, %",
-}
+
+def columns(negatives: int) -> dict[str, str]:
+    """Figures and their titles, as far as that many different pairs resolve a FAR."""
+    rates = {"tar_1e-2": (0.01, "TAR at FAR 1%, %"), "tar_1e-3": (0.001, "TAR at FAR 0.1%, %")}
+    resolved = {key: words for key, (rate, words) in rates.items() if rate * negatives >= 1}
+    return {"accuracy": "accuracy, %", "eer": "EER, %", **resolved}
 
 
 def compare(
@@ -58,9 +58,13 @@ def compare(
     if args.epochs is not None:
         setting = replace(setting, recipe=replace(setting.recipe, epochs=args.epochs))
     images, test_images = data.images.to(args.device), data.test_images.to(args.device)
-    sizes = {"train": len(images), "pairs": len(data.pairs.same)}
-    results = Results(args.output, describe(args, setting, sizes))
-    same = data.pairs.same.numpy()
+    same, fold_of = data.pairs.same.numpy(), data.pairs.fold.numpy()
+    tested_folds = [None] if folds is None else np.unique(fold_of).tolist()
+    counts = [len(known(data, fold, least)[0]) for fold in tested_folds]
+    if min(counts) == 0:
+        raise SystemExit(f"--least {least}: nobody has as many images")
+    sizes = {"pairs": len(same)} | ({} if folds is None else {"least": least})
+    results = Results(args.output, describe(args, setting, counts, **sizes))
 
     def train(run: Row, checkpoint: Path, after_epoch: Callable[[Log], object]) -> Row:
         chosen, labels = known(data, run.get("fold"), least)
@@ -77,7 +81,7 @@ def compare(
         scores = cosines(features_of(training.network, test_images), data.pairs)
         tested = np.ones_like(same)
         if "fold" in run:
-            tested = (data.pairs.fold == run["fold"]).numpy()
+            tested = fold_of == run["fold"]
             threshold = best_threshold(scores[~tested], same[~tested])
             accuracies = [accuracy(scores[tested], same[tested], threshold)]
         else:
@@ -94,10 +98,12 @@ def compare(
     if folds is not None:
         runs = [{**run, "fold": fold} for fold in range(folds) for run in runs]
     rows = run_all(results, runs, setting.recipe.epochs, train)
-    print(f"\n{table(rows, COLUMNS)}\n")
+    different = fold_of[~same]
+    negatives = len(different) if folds is None else int(np.bincount(different).max())
+    print(f"\n{table(rows, columns(negatives))}\n")
     print(f"Cosine similarity. Mean ± standard deviation, seeds: {args.seeds}.", end=" ")
     print(f"Folds: {folds} of 10." if folds else "Ten folds.")
-    draw_roc(args.output / "roc.png", rows, FAR_GRID)
+    draw_roc(args.output / "roc.png", rows, FAR_GRID, negatives)
     draw_training(args.output / "training.png", rows)
     print(f"Results and pictures: {args.output.resolve()}")
     return rows

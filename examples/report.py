@@ -17,6 +17,7 @@ from typing import Any
 
 import classification
 import pages
+import pairs
 import recognition
 from experiment import Row, by_seed, mean_and_spread, name
 from figures import draw_angles, draw_roc
@@ -51,12 +52,13 @@ def labelled(paper: dict[int, float]) -> Part:
     return Part(classification.COLUMNS, ("the paper's, %", paper), draw_angles, words)
 
 
-FACES = Part(
-    {key: words for key, words in recognition.COLUMNS.items() if key != "tar_1e-3"},
-    ("the paper's accuracy, %", LFW),
-    partial(draw_roc, rates=FAR_GRID),
-    "ROC",
-)
+def verified(negatives: int, paper: tuple[str, dict[int, float]] | None) -> Part:
+    """An experiment on pairs, each training tested with that many different ones."""
+    draw = partial(draw_roc, rates=FAR_GRID, negatives=negatives)
+    return Part(recognition.columns(negatives), paper, draw, "ROC")
+
+
+FACES = verified(pairs.PAIRS, ("the paper's accuracy, %", LFW))
 PARTS = {
     "mnist": labelled(MNIST),
     "mnist-gpu": labelled(MNIST),
@@ -65,7 +67,7 @@ PARTS = {
     "cifar10-augmented": labelled(CIFAR10_AUGMENTED),
     "cifar100": labelled(CIFAR100),
     "cifar100-small": labelled(CIFAR100),
-    "omniglot": Part(recognition.COLUMNS, None, partial(draw_roc, rates=FAR_GRID), "ROC"),
+    "omniglot": verified(pairs.FOLDS * pairs.PAIRS, None),
     "lfw": FACES,
     "lfw-small": FACES,
 }

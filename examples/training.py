@@ -6,6 +6,7 @@ caller), the same batches in the same order, and the same learning rates.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -163,8 +164,14 @@ class Training:
         The network and its criterion are left in evaluation mode.
         """
         if checkpoint is not None and checkpoint.exists():
-            # On the CPU: where states belong load_state_dict knows, and generators' live there.
-            self.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+            try:
+                # On the CPU: where states belong load_state_dict knows, and generators' live there.
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise SystemExit(
+                    f"{checkpoint} is no checkpoint ({type(error).__name__}): remove it."
+                ) from None
+            self.load_state_dict(state)
         for log in self.history:
             after_epoch(log)
         while len(self.history) < self.recipe.epochs:

@@ -273,7 +273,7 @@ def test_lfw(device, tmp_path, monkeypatch, capsys):
         for p in range(39)
         for i in range(3)
         for other in (0, 1)
-        if p % 4 < 3
+        if p % 4 < 3 and p < 38
     ]
     columns = torch.tensor(rows).T
     pairs = pairs_module.Pairs(columns[0], columns[1], columns[2].bool(), columns[3])
@@ -289,8 +289,18 @@ def test_lfw(device, tmp_path, monkeypatch, capsys):
         (1, 2, 36),
     ]
     assert all(50 <= row["accuracy"] <= 100 for row in rows)
-    assert "Folds: 2 of 10" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Folds: 2 of 10" in printed
+    assert "FAR" not in printed, "nine pairs tell no accept rate of 1%"
     check_pictures(output, "roc.png", "training.png")
+    settings = json.loads((output / "results.json").read_text())["settings"]
+    assert settings["train"] == "288 to 296"  # the tenth fold has three people
+    few, many = (lsoftmax.LambdaSchedule.for_steps(2 * (n // 128)) for n in (288, 296))
+    assert few.extra_repr() == many.extra_repr() == settings["schedule"]
+    with pytest.raises(SystemExit, match="other settings"):
+        lfw.main([*options, "--least", "3", "--output", str(output)])
+    with pytest.raises(SystemExit, match="--least 9: nobody"):
+        lfw.main([*options, "--least", "9", "--output", str(output)])
 
 
 @pytest.mark.parametrize("main", [mnist.main, cifar.main, omniglot.main, lfw.main])

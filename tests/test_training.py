@@ -175,6 +175,40 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         experiment.Results(tmp_path, {"epochs": 4})
 
 
+def test_files_that_are_none_of_ours_end_in_words(tmp_path):
+    """And stay as they are."""
+    path = tmp_path / "results.json"
+    for content in ("{", "[]", '{"rows": []}'):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match=r"results\.json is none of this program's"):
+            experiment.Results(tmp_path, {})
+        assert path.read_text() == content
+    with pytest.raises(SystemExit, match=r"--output .*results\.json"):
+        experiment.Results(path, {})
+    begun = prepared("cpu")
+    for content in (b"", b"PK", b"x" * 1000):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match=r"results\.json is no checkpoint \(.*\): remove it"):
+            begun.run(checkpoint=path)
+        assert path.read_bytes() == content
+
+
+def test_interrupted(tmp_path, capsys):
+    """Red if Ctrl-C ends in a traceback, or loses the runs before it."""
+
+    def train(run, checkpoint, after_epoch):
+        if run["seed"] == 1:
+            raise KeyboardInterrupt
+        return {"test_error": 1.0}
+
+    results = experiment.Results(tmp_path, {})
+    with pytest.raises(SystemExit) as end:
+        experiment.run_all(results, [{"margin": 1, "seed": s} for s in (0, 1)], 1, train)
+    assert end.value.code == 130
+    assert "The same command goes on" in "".join(capsys.readouterr())
+    assert len(experiment.Results(tmp_path, {}).rows) == 1
+
+
 def test_table():
     """Mean and standard deviation over the seeds, of means over the folds."""
     rows = [
