@@ -111,7 +111,8 @@ def check_matrices(input: Tensor, linear_weight: Tensor, target: Tensor) -> None
     check_features(input, linear_weight)
     check_dense("target", target)
     if target.dtype != torch.int64:
-        raise TypeError(f"target: expected int64 class indices, got {kind(target)}")
+        hint = " (soft labels: docs/faq.md)" if target.is_floating_point() else ""
+        raise TypeError(f"target: expected int64 class indices, got {kind(target)}{hint}")
     if target.shape != input.shape[:-1]:
         raise ValueError(
             f"target: expected shape {tuple(input.shape[:-1])} for input {tuple(input.shape)}, "

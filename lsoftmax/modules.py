@@ -39,7 +39,9 @@ class _Annealed(nn.Module):
 
     @property
     def lam(self) -> Tensor:
-        """The current annealing weight, a 0-dim float32 tensor on the layer's device."""
+        """The current annealing weight, a 0-dim float32 tensor on the layer's device: the
+        schedule's own, which training changes in place. For a log take ``head.lam.item()``.
+        """
         return self.schedule.lam
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

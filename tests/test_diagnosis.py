@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -238,3 +240,12 @@ def test_says_what_it_is_and_what_to_do(case: Case, pythons: FreshPythons, tmp_p
     if "Nothing to do." not in case.says:
         assert "To do:\n  - " in output
     assert output.count("RuntimeWarning: lsoftmax: ") == (1 if case.warns else 0), output
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """As of ``python -m lsoftmax | head -1``."""
+    pipe = subprocess.PIPE
+    report = subprocess.Popen([sys.executable, "-m", "lsoftmax"], stdout=pipe, stderr=pipe)
+    report.stdout.close()  # long before torch is imported
+    assert report.communicate()[1] == b""
+    assert report.returncode == 1
