@@ -26,7 +26,8 @@ from tqdm import tqdm
 import files
 import study_report
 from data import MissingDataError
-from study_tasks import ANNEALINGS, CLIPS, TASKS, Cell, train
+from study_runs import train
+from study_tasks import ANNEALINGS, CLIPS, TASKS, Cell
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (0.01, 0.03, 0.1)

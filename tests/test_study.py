@@ -15,6 +15,7 @@ for package in ("sklearn", "matplotlib", "tqdm"):
 import lsoftmax
 import study
 import study_report
+import study_runs
 import study_tasks
 from study_tasks import ANNEALINGS, TASKS, Cell
 
@@ -76,7 +77,7 @@ def test_a_training_is_that_of_the_layer(task, short):
         *(Cell(task, 3, name, 0.03, seed) for name in ("constant 5", "for_steps", "by_angle")),
     ]
     split = TASKS[task].load(None)
-    for cell, figures in zip(cells, study_tasks.train(cells, split), strict=True):
+    for cell, figures in zip(cells, study_runs.train(cells, split), strict=True):
         error, expected = trained(cell, split)
         assert abs(figures["error"] - error) <= 0.41, cell  # two images of 500
         for name, value in expected.items():

@@ -125,4 +125,32 @@ FAULTS = [
         "total = get_total_norm(norms[:1], norm_type)",
         world(2, "distributed_training_checks:data_parallel"),
     ),
+    parallel(
+        "rows that another process saved are taken",
+        "class_shard.py",
+        "if theirs != mine:",
+        "if False:",
+        world(2, "distributed_training_checks:rows_of_another"),
+    ),
+    parallel(
+        "angles to class vectors of other processes are missing",
+        "shard_stats.py",
+        "    dist.all_reduce(own, group=group)\n",
+        "",
+        world(3, "distributed_layer_checks:stats"),
+    ),
+    parallel(
+        "the largest other logit is that of this process's classes",
+        "shard_stats.py",
+        "    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)\n",
+        "",
+        world(3, "distributed_layer_checks:stats"),
+    ),
+    parallel(
+        "padded rows count in the figures",
+        "shard_stats.py",
+        "x, here = x[kept], here[kept]",
+        "pass",
+        world(3, "distributed_layer_checks:stats"),
+    ),
 ]
