@@ -129,7 +129,7 @@ class ClassShard(nn.Module):
         key = prefix + "weight"
         whole: Any = state_dict.get(key)
         if isinstance(whole, DTensor):
-            theirs, mine = (_place(mesh) for mesh in (whole.device_mesh, self.mesh))
+            theirs, mine = (_place(w.device_mesh) for w in (whole, cast(DTensor, self.weight)))
             if theirs != mine:
                 raise ValueError(
                     f"{key}: expected the rows of process {mine}, got those of {theirs}. "
@@ -145,5 +145,9 @@ class ClassShard(nn.Module):
 
 def _place(mesh: DeviceMesh) -> str:
     """Of the process that has (or had, when the mesh was saved) this mesh."""
-    coordinate = mesh.get_coordinate()
-    return f"{'none' if coordinate is None else coordinate[0]} of {mesh.size()}"
+    coordinate, shape = mesh.get_coordinate(), tuple(mesh.shape)
+    if coordinate is None:
+        return f"none of {math.prod(shape)}"
+    if len(shape) == 1:
+        return f"{coordinate[0]} of {shape[0]}"
+    return f"{tuple(coordinate)} of {shape}"

@@ -218,8 +218,9 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         """
         x, w = wide(input), wide(self.linear.local())
         self._check(x, w, target)
+        size, _ = self._agree(x)
         own = self.ignore_index, self.margin, self.lam
-        return shard_stats.margin_stats(x, self.linear, target, *own)
+        return shard_stats.margin_stats(x, w, target, self.linear, size, *own)
 
     def _check(self, x: Tensor, w: Tensor, target: Tensor) -> None:
         whole = w.new_empty(()).expand(self.num_classes, self.in_features)

@@ -14,23 +14,37 @@ from .diagnostics import MarginStats, largest_other, row_norms, summary
 
 
 def margin_stats(
-    x: Tensor, shard: ClassShard, target: Tensor, ignore_index: int, margin: int, lam: Tensor
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    shard: ClassShard,
+    size: int,
+    ignore_index: int,
+    margin: int,
+    lam: Tensor,
 ) -> MarginStats:
     """Of the global batch, on every process. All processes must call it.
 
     Args:
         x: (n, D), the features of this process, in the type of the logits.
-        shard: its class vectors.
+        w: (C_s, D), its class vectors, in the same type.
         target: (n,), int64 in [0, C) or ``ignore_index``.
+        shard: the classes, and the processes that share them.
+        size: of the largest batch.
         ignore_index: rows that do not count.
         margin, lam: of the layer.
+
+    Raises:
+        RuntimeError: the class vectors at hand are not those of ``shard``.
     """
-    group, w = shard.mesh.get_group(), shard.local().to(x.dtype)
-    size = torch.tensor(x.shape[0], device=x.device)
-    dist.all_reduce(size, dist.ReduceOp.MAX, group=group)
-    rows, num_classes = int(size), shard.num_classes
-    _, kept, here = gather_targets(target, rows, shard.classes, num_classes, ignore_index, group)
-    x = all_gather(x, rows, 0.0, group)
+    if w.shape[0] != len(shard.classes):
+        raise RuntimeError(
+            f"linear.weight: expected {len(shard.classes)} rows, got {w.shape[0]}: something else, "
+            "such as fully_shard, has sharded them; keep the layer out of it"
+        )
+    group, num_classes = shard.mesh.get_group(), shard.num_classes
+    _, kept, here = gather_targets(target, size, shard.classes, num_classes, ignore_index, group)
+    x = all_gather(x, size, 0.0, group)
     if kept is not None:
         x, here = x[kept], here[kept]
 

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
@@ -320,6 +321,26 @@ def rows_of_another(world: World) -> None:
         message = f"process {world.rank} of {world.size}, got those of 0 of {world.size}"
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(torch.load(theirs, weights_only=False))
+
+
+def shard_of_a_shard(world: World) -> None:
+    """Classes over two processes each, whose rows FSDP2 shards over two more: own states load, and
+    whole ones. Four processes.
+    """
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "classes"))
+    torch.manual_seed(world.seed)
+    head = ClassParallelLSoftmaxLoss(D, 8, process_group=mesh["classes"])
+    before = whole(head.linear.weight)
+    fully_shard(head, mesh=mesh["rows"])
+    own = copy.deepcopy(head.state_dict())
+    full = get_model_state_dict(head, options=StateDictOptions(full_state_dict=True))
+    for state in (own, full):
+        torch.nn.init.zeros_(head.linear.weight)
+        options = StateDictOptions(full_state_dict=state is full)
+        set_model_state_dict(head, state, options=options)
+        assert torch.equal(whole(head.linear.weight), before)
+    with pytest.raises(RuntimeError, match="fully_shard"):
+        head.margin_stats(torch.randn(2, D), torch.tensor([0, 1]))
 
 
 # ---- failures ----------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ CHECKS = {
     ),
     4: (
         *EVERYWHERE,
+        "distributed_training_checks:shard_of_a_shard",
         "distributed_layer_checks:stats",
         "distributed_traffic_checks:volume",
         "distributed_checks:mesh_dimension",

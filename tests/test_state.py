@@ -224,14 +224,14 @@ def test_a_type_for_all_leaves_the_count_an_integer() -> None:
     assert head.schedule.steps == 3
 
 
-def assigned(head: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def assigned(head: nn.Module, state: dict[str, Tensor], junk: float = 77) -> nn.Module:
     """As transformers' from_pretrained fills a model made on the meta device: by setattr, with junk
     in what is in no checkpoint.
     """
     for module, own in ((head.linear, "linear."), (head.schedule, "schedule.")):
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            junk = torch.full((), 77, dtype=tensor.dtype).expand(tensor.shape).clone()
-            value = state.get(own + name, junk)
+            memory = torch.full((), junk, dtype=tensor.dtype).expand(tensor.shape).clone()
+            value = state.get(own + name, memory)
             setattr(module, name, nn.Parameter(value) if own == "linear." else value)
     return head
 
@@ -252,6 +252,50 @@ def test_filled_by_assignment_of_attributes(schedule, steps: int) -> None:
         assert torch.equal(other.schedule.steps, expected.schedule.steps)
 
 
+@pytest.mark.parametrize("now", [lambda: LambdaSchedule.for_steps(10_000), held])
+def test_numbers_of_another_schedule_are_numbers(now) -> None:
+    """However far below the curve of the new one, or set by hand; and the end of the authors'."""
+    steep, by_hand = LambdaSchedule(1000.0, 0.1, 45.0), LambdaSchedule(9.0, 0.1, 1.0)
+    by_hand.commit(5.0)
+    for schedule, steps in ((curve(), 40), (steep, 200), (by_hand, 0)):
+        state = trained(LSoftmaxLoss, schedule, steps).state_dict()
+        with torch.device("meta"):
+            empty = LSoftmaxLoss(6, 5, margin=3, lam=now())
+        loaded = copy.deepcopy(empty)
+        loaded.load_state_dict(copy.deepcopy(state), assign=True)
+        for other in (loaded, assigned(empty, copy.deepcopy(state))):
+            other(*batch(other))
+            assert other.schedule.steps == state["schedule.steps"] + 1
+
+
+def test_a_compiled_layer_looks_at_its_numbers() -> None:
+    """Red if one from the meta device trains with junk because its first call is compiled."""
+    state = {"linear.weight": torch.randn(5, 6)}
+    x, y = torch.randn(4, 6), torch.arange(4)
+    for schedule in (constant, held):
+        with torch.device("meta"):
+            head = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
+        compiled = torch.compile(assigned(head, state), backend="eager")
+        if schedule is held:
+            with pytest.raises(RuntimeError, match="are of no schedule"):
+                compiled(x, y)
+            head.schedule.reset_parameters()
+        expected = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
+        expected.load_state_dict(state)
+        assert compiled(x, y) == expected(x, y)
+
+
+def test_a_skeleton_on_the_meta_device_is_called_with_others_numbers() -> None:
+    """As an ensemble is, by functional_call under vmap, where nothing can be looked at."""
+    heads = [trained(LSoftmaxLoss, curve()).eval() for _ in range(3)]
+    with torch.device("meta"):
+        skeleton = LSoftmaxLoss(6, 5, margin=3, lam=curve()).eval()
+    x, y = torch.randn(4, 6), torch.arange(4)
+    state = torch.func.stack_module_state(heads)
+    call = torch.func.vmap(lambda p, b: torch.func.functional_call(skeleton, (p, b), (x, y)))
+    torch.testing.assert_close(call(*state), torch.stack([head(x, y) for head in heads]))
+
+
 @pytest.mark.parametrize("schedule", [curve, held])
 def test_junk_for_numbers_is_refused(schedule) -> None:
     """Where the layer is used, in training and out of it, until it is reset."""
@@ -259,10 +303,11 @@ def test_junk_for_numbers_is_refused(schedule) -> None:
     with torch.device("meta"):
         head = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
     x, y = torch.randn(4, 6), torch.arange(4)
-    for training in (True, False):
-        other = assigned(copy.deepcopy(head), state).train(training)
+    for training, junk in ((True, 77), (False, 77), (True, 0)):
+        other = assigned(copy.deepcopy(head), state, junk).train(training)
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"steps = 77, lam = 77.*reset_parameters\(\)"):
+            message = rf"steps = {junk}, lam = {junk}.*reset_parameters\(\)"
+            with pytest.raises(RuntimeError, match=message):
                 other(x, y)
         other.schedule.reset_parameters()
         other(x, y)

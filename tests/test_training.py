@@ -175,6 +175,18 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         experiment.Results(tmp_path, {"epochs": 4})
 
 
+def test_settings_of_trainings_that_differ():
+    """Each fold has other images, and with them another number of steps."""
+    parser = experiment.arguments_of("faces", "", ["default"])
+    args = parser.parse_args([])
+    settings = experiment.describe(args, SETTING, [330, 300, 320], pairs=9)
+    assert (settings["train"], settings["pairs"]) == ("300 to 330", 9)
+    first, second = (SETTING.schedule(4 * (n // 32)).extra_repr() for n in (300, 330))
+    assert settings["schedule"] == f"{first} to {second}"
+    alike = experiment.describe(args, SETTING, [300, 300])
+    assert (alike["train"], alike["schedule"]) == (300, first)
+
+
 def test_files_that_are_none_of_ours_end_in_words(tmp_path):
     """And stay as they are."""
     path = tmp_path / "results.json"
