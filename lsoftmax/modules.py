@@ -39,8 +39,9 @@ class _Annealed(nn.Module):
 
     @property
     def lam(self) -> Tensor:
-        """The current annealing weight, a 0-dim float32 tensor on the layer's device: the
-        schedule's own, which training changes in place. For a log take ``head.lam.item()``.
+        """The current annealing weight, a 0-dim float32 tensor on the layer's device.
+
+        It is the schedule's own, which training changes in place. For a log ``head.lam.item()``.
         """
         return self.schedule.lam
 
