@@ -95,14 +95,14 @@ def draw_roc(path: Path, rows: Sequence[Row], rates: Sequence[float], negatives:
     """Share of same pairs accepted over the share of different ones, the mean over the runs. Each
     was tested with ``negatives`` different pairs: a smaller share than one of them is none.
     """
-    resolved = np.array(rates) * negatives >= 1
+    far = np.array(rates)
+    resolved = far * negatives >= 1
     figure = Figure(figsize=(4.6, 4.0), dpi=130, layout="constrained")
     axes = figure.subplots()
     for margin, of_margin in _margins(rows).items():
         curves = np.array([row["roc"] for row in of_margin])
         tar = curves.mean(0)[resolved]
-        far = 100 * np.array(rates)[resolved]
-        axes.plot(far, tar, color=colour(margin), label=short(margin))
+        axes.plot(100 * far[resolved], tar, color=colour(margin), label=short(margin))
     axes.set(
         xscale="log",
         xlabel="different pairs accepted (FAR), %",

@@ -136,10 +136,9 @@ class ClassShard(nn.Module):
                     "torch.save has the rows of one process: use torch.distributed.checkpoint, or "
                     "save all with StateDictOptions(full_state_dict=True) (docs/distributed.md)"
                 )
-        is_plain = isinstance(whole, Tensor) and not isinstance(whole, DTensor)
-        if is_plain and whole.shape == self.weight.shape:
-            mine = whole[self.classes.start : self.classes.stop]
-            state_dict[key] = self._whole(mine.to(self.local()))
+        elif isinstance(whole, Tensor) and whole.shape == self.weight.shape:
+            rows = whole[self.classes.start : self.classes.stop]
+            state_dict[key] = self._whole(rows.to(self.local()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

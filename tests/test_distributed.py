@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-import distributed_training_checks as training
+import distributed_state_checks as states
 from distributed_run import assert_close, launch
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss
 
@@ -29,9 +29,9 @@ CHECKS = {
         "distributed_training_checks:data_parallel",
         "distributed_training_checks:fully_sharded",
         "distributed_training_checks:compiled_under_autocast",
-        "distributed_training_checks:resumed",
+        "distributed_state_checks:resumed",
         "distributed_training_checks:averaged",
-        "distributed_training_checks:rows_of_another",
+        "distributed_state_checks:rows_of_another",
         "distributed_traffic_checks:volume",
         "distributed_traffic_checks:dx_travels_meanwhile",
         "distributed_layer_checks:annealed",
@@ -42,14 +42,14 @@ CHECKS = {
         *EVERYWHERE,
         "distributed_training_checks:data_parallel",
         "distributed_training_checks:sampled",
-        "distributed_training_checks:whole_state_dicts",
+        "distributed_state_checks:whole_state_dicts",
         "distributed_layer_checks:stats",
         "distributed_traffic_checks:frozen_backbone",
         "distributed_checks:target_outside",
     ),
     4: (
         *EVERYWHERE,
-        "distributed_training_checks:shard_of_a_shard",
+        "distributed_state_checks:shard_of_a_shard",
         "distributed_layer_checks:stats",
         "distributed_traffic_checks:volume",
         "distributed_checks:mesh_dimension",
@@ -123,23 +123,23 @@ def test_checkpoints_go_between_worlds(tmp_path: Path, request: pytest.FixtureRe
     """
 
     def go_on(size: int) -> None:
-        check = "distributed_training_checks:go_on"
+        check = "distributed_state_checks:go_on"
         results = launch(size, [check], tmp_path, request.config.getoption("--seed"))
         assert results == [{check: "passed"}] * size
 
     go_on(3)
     go_on(2)
-    head, optimizer = training.training_of(9, plain=True)
-    training.load(head, optimizer, tmp_path / "checkpoint-1")
-    training.step(head, optimizer, *training.fixed_batch())
-    state = training.state_of(head, optimizer)
+    head, optimizer = states.training_of(9, plain=True)
+    states.load(head, optimizer, tmp_path / "checkpoint-1")
+    states.step(head, optimizer, *states.fixed_batch())
+    state = states.state_of(head, optimizer)
     dcp.save(state, checkpoint_id=tmp_path / "checkpoint-2")
     go_on(4)
-    training.load(head, optimizer, tmp_path / "checkpoint-3")
+    states.load(head, optimizer, tmp_path / "checkpoint-3")
 
-    truth, optimizer = training.training_of(1, plain=True)
+    truth, optimizer = states.training_of(1, plain=True)
     for _ in range(4):
-        training.step(truth, optimizer, *training.fixed_batch())
+        states.step(truth, optimizer, *states.fixed_batch())
     assert_close(head.linear.weight, truth.linear.weight, "weight")
     assert head.schedule.steps == 4
     assert torch.equal(head.lam, truth.lam)
@@ -150,7 +150,7 @@ def test_failure_of_a_process_ends_the_others(
     failure: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """At once where it is gone, else when the group's timeout, 4 seconds here, has passed."""
-    check = f"distributed_training_checks:{failure}"
+    check = f"distributed_state_checks:{failure}"
     seed = request.config.getoption("--seed")
     start = time.monotonic()
     launch(3, [check], tmp_path, seed, timeout=4)

@@ -1,4 +1,4 @@
-"""State on its way through files, copies, the meta device, other versions and optimizers."""
+"""State on its way through files, copies, other versions and optimizers."""
 
 from __future__ import annotations
 
@@ -9,41 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from lsoftmax import LambdaSchedule, LSoftmaxLinear, LSoftmaxLoss
-
-LAYERS = (LSoftmaxLoss, LSoftmaxLinear)
-
-
-def curve() -> LambdaSchedule:
-    return LambdaSchedule(base=10.0, gamma=0.5, power=2.0, minimum=0.3)
-
-
-def held() -> LambdaSchedule:
-    return LambdaSchedule(base=10.0, gamma=0.5, power=2.0, minimum=0.3, keep=0.6)
-
-
-def constant() -> LambdaSchedule:
-    return LambdaSchedule.constant(0.5)
-
-
-def batch(head: nn.Module) -> tuple[Tensor, Tensor]:
-    """Features about their class vectors: of so few classes the nearest may be 90 degrees away, and
-    then there is no angle to anneal by.
-    """
-    y = torch.randint(5, (8,))
-    weight = getattr(head, "linear", head).weight.detach().float()
-    return F.normalize(weight[y], dim=1) + 0.2 * torch.randn(8, 6), y
-
-
-def trained(layer: type, lam: LambdaSchedule, steps: int = 3) -> nn.Module:
-    head = layer(6, 5, margin=3, lam=lam)
-    for _ in range(steps):
-        head(*batch(head))
-    assert lam.keep is None or lam.share > 0
-    return head
+from annealed import LAYERS, batch, constant, curve, held, trained
+from lsoftmax import LSoftmaxLinear, LSoftmaxLoss
 
 
 def saved(value: Any, **options: Any) -> Any:
@@ -172,166 +141,12 @@ def test_a_constant_refuses_an_annealing(before) -> None:
     assert head.schedule.steps == 0
 
 
-# ---- the meta device -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("schedule", [curve, held, constant])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_loaded_by_assignment(layer: type, schedule) -> None:
-    """A model made on the meta device takes the checkpoint's tensors as they are; what is in no
-    checkpoint must not stay behind.
-    """
-    head = trained(layer, schedule())
-    with torch.device("meta"):
-        other = layer(6, 5, margin=3, lam=schedule())
-    other.load_state_dict(head.state_dict(), assign=True)
-    assert not [name for name, each in other.named_buffers() if each.is_meta]
-    other = other.to("cpu")
-    x, y = batch(head)
-    assert torch.equal(copy.deepcopy(head)(x, y), other(x, y))
-
-
-def test_a_16_bit_checkpoint_loaded_by_assignment() -> None:
-    """The schedule's numbers stay float32, which the ops expect and a running mean needs."""
-    state = trained(LSoftmaxLoss, held()).state_dict()
-    halves = {key: v.bfloat16() if v.is_floating_point() else v for key, v in state.items()}
-    with torch.device("meta"):
-        head = LSoftmaxLoss(6, 5, margin=3, lam=held())
-    head.load_state_dict(halves, assign=True)
-    assert head.linear.weight.dtype == torch.bfloat16
-    assert {head.lam.dtype, head.schedule.share.dtype} == {torch.float32}
-    x, y = batch(head)
-    head(x.bfloat16(), y).backward()
-    assert head.schedule.steps == 4
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_device_of_its_own_among_others_on_meta(layer: type) -> None:
-    """What is given counts, as for nn.Linear; the schedule has its first values there."""
-    with torch.device("meta"):
-        head = layer(6, 5, lam=held(), device="cpu")
-    assert not any(each.is_meta for each in (*head.parameters(), *head.buffers()))
-    assert head.lam == held().lam
-    head(*batch(head))
-    assert head.schedule.steps == 1
-
-
 def test_a_type_for_all_leaves_the_count_an_integer() -> None:
     """float16 would count to 2048."""
     head = trained(LSoftmaxLoss, held()).type(torch.float16)
     assert head.linear.weight.dtype == torch.float16
     assert (head.schedule.steps.dtype, head.lam.dtype) == (torch.int64, torch.float32)
     assert head.schedule.steps == 3
-
-
-def assigned(head: nn.Module, state: dict[str, Tensor], junk: float = 77) -> nn.Module:
-    """As transformers' from_pretrained fills a model made on the meta device: by setattr, with junk
-    in what is in no checkpoint.
-    """
-    for module, own in ((head.linear, "linear."), (head.schedule, "schedule.")):
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            memory = torch.full((), junk, dtype=tensor.dtype).expand(tensor.shape).clone()
-            value = state.get(own + name, memory)
-            setattr(module, name, nn.Parameter(value) if own == "linear." else value)
-    return head
-
-
-@pytest.mark.parametrize("schedule", [curve, held, constant])
-@pytest.mark.parametrize("steps", [1, 40])
-def test_filled_by_assignment_of_attributes(schedule, steps: int) -> None:
-    """A schedule that was in the checkpoint goes on; of a constant there is nothing to load."""
-    head = trained(LSoftmaxLoss, schedule(), steps=steps)
-    x, y = batch(head)
-    state = head.state_dict()
-    with torch.device("meta"):
-        empty = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
-    for again in (empty, copy.deepcopy(empty).eval()):
-        other = assigned(again, copy.deepcopy(state))
-        expected = copy.deepcopy(head).train(other.training)
-        assert torch.equal(other(x, y), expected(x, y))
-        assert torch.equal(other.schedule.steps, expected.schedule.steps)
-
-
-@pytest.mark.parametrize("now", [lambda: LambdaSchedule.for_steps(10_000), held])
-def test_numbers_of_another_schedule_are_numbers(now) -> None:
-    """However far below the curve of the new one, or set by hand; and the end of the authors'."""
-    steep, by_hand = LambdaSchedule(1000.0, 0.1, 45.0), LambdaSchedule(9.0, 0.1, 1.0)
-    by_hand.commit(5.0)
-    for schedule, steps in ((curve(), 40), (steep, 200), (by_hand, 0)):
-        state = trained(LSoftmaxLoss, schedule, steps).state_dict()
-        with torch.device("meta"):
-            empty = LSoftmaxLoss(6, 5, margin=3, lam=now())
-        loaded = copy.deepcopy(empty)
-        loaded.load_state_dict(copy.deepcopy(state), assign=True)
-        for other in (loaded, assigned(empty, copy.deepcopy(state))):
-            other(*batch(other))
-            assert other.schedule.steps == state["schedule.steps"] + 1
-
-
-def test_a_compiled_layer_looks_at_its_numbers() -> None:
-    """Red if one from the meta device trains with junk because its first call is compiled."""
-    state = {"linear.weight": torch.randn(5, 6)}
-    x, y = torch.randn(4, 6), torch.arange(4)
-    for schedule in (constant, held):
-        with torch.device("meta"):
-            head = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
-        compiled = torch.compile(assigned(head, state), backend="eager")
-        if schedule is held:
-            with pytest.raises(RuntimeError, match="are of no schedule"):
-                compiled(x, y)
-            head.schedule.reset_parameters()
-        expected = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
-        expected.load_state_dict(state)
-        assert compiled(x, y) == expected(x, y)
-
-
-def test_a_skeleton_on_the_meta_device_is_called_with_others_numbers() -> None:
-    """As an ensemble is, by functional_call under vmap, where nothing can be looked at."""
-    heads = [trained(LSoftmaxLoss, curve()).eval() for _ in range(3)]
-    with torch.device("meta"):
-        skeleton = LSoftmaxLoss(6, 5, margin=3, lam=curve()).eval()
-    x, y = torch.randn(4, 6), torch.arange(4)
-    state = torch.func.stack_module_state(heads)
-    call = torch.func.vmap(lambda p, b: torch.func.functional_call(skeleton, (p, b), (x, y)))
-    torch.testing.assert_close(call(*state), torch.stack([head(x, y) for head in heads]))
-
-
-@pytest.mark.parametrize("schedule", [curve, held])
-def test_junk_for_numbers_is_refused(schedule) -> None:
-    """Where the layer is used, in training and out of it, until it is reset."""
-    state = {"linear.weight": torch.randn(5, 6)}
-    with torch.device("meta"):
-        head = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
-    x, y = torch.randn(4, 6), torch.arange(4)
-    for training, junk in ((True, 77), (False, 77), (True, 0)):
-        other = assigned(copy.deepcopy(head), state, junk).train(training)
-        for _ in range(2):
-            message = rf"steps = {junk}, lam = {junk}.*reset_parameters\(\)"
-            with pytest.raises(RuntimeError, match=message):
-                other(x, y)
-        other.schedule.reset_parameters()
-        other(x, y)
-        assert other.schedule.steps == int(training)
-
-
-@pytest.mark.parametrize("schedule", [curve, held, constant])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_made_empty_and_reset(layer: type, schedule) -> None:
-    """As sharded training does it: every module of its own numbers has reset_parameters()."""
-    with torch.device("meta"):
-        head = layer(6, 5, margin=3, lam=schedule())
-    head.to_empty(device="cpu")
-    for buffer in head.buffers():
-        buffer.fill_(7)  # what an uninitialised one may hold
-    for parameter in head.parameters():
-        nn.init.constant_(parameter, torch.nan)
-    for module in head.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    fresh = schedule()
-    for name in ("steps", "lam", "share"):
-        assert torch.equal(getattr(head.schedule, name), getattr(fresh, name))
-    assert all(parameter.isfinite().all() for parameter in head.parameters())
 
 
 # ---- optimizers ----------------------------------------------------------------------------------

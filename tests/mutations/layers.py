@@ -304,14 +304,14 @@ FAULTS = [
         "schedule.py",
         "if not in_range or (lam < 1e-6 and share < 0.5):",
         "if steps < 0:",
-        "test_state.py::test_junk_for_numbers_is_refused",
+        "test_meta_device.py::test_junk_for_numbers_is_refused",
     ),
     portable(
         "schedule: a constant keeps what a loader left in its memory",
         "schedule.py",
         "        if self.is_constant:\n            self.reset_parameters()\n",
         "        if self.is_constant:\n            return\n",
-        "test_state.py::test_filled_by_assignment_of_attributes",
+        "test_meta_device.py::test_filled_by_assignment_of_attributes",
     ),
     portable(
         "schedule: a curve's checkpoint holds no lam up",

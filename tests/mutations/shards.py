@@ -102,7 +102,7 @@ FAULTS = [
         "class_shard.py",
         "mine = whole[self.classes.start : self.classes.stop]",
         "mine = whole[: len(self.classes)]",
-        world(3, "distributed_training_checks:whole_state_dicts"),
+        world(3, "distributed_state_checks:whole_state_dicts"),
     ),
     parallel(
         "a resumed run draws its first samples again",
@@ -130,7 +130,7 @@ FAULTS = [
         "class_shard.py",
         "if theirs != mine:",
         "if False:",
-        world(2, "distributed_training_checks:rows_of_another"),
+        world(2, "distributed_state_checks:rows_of_another"),
     ),
     parallel(
         "angles to class vectors of other processes are missing",
