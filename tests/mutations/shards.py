@@ -100,8 +100,8 @@ FAULTS = [
     parallel(
         "a whole W is loaded from its first rows",
         "class_shard.py",
-        "mine = whole[self.classes.start : self.classes.stop]",
-        "mine = whole[: len(self.classes)]",
+        "rows = whole[self.classes.start : self.classes.stop]",
+        "rows = whole[: len(self.classes)]",
         world(3, "distributed_state_checks:whole_state_dicts"),
     ),
     parallel(
