@@ -9,11 +9,13 @@ plane. For one seed, all margins share initial weights and the order of the data
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 import lsoftmax
 from classification import COLUMNS, measure
 from data import Labelled
-from experiment import device_of, name, positive, table
+from experiment import device_of, margin_of, name, positive, table
 from extras import needed
 from files import write_json
 from training import Recipe, Training, features_of
@@ -137,16 +139,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default=device, help="cpu, cuda, cuda:1 and so on (default: %(default)s)")
     add("--epochs", type=positive, default=30, help="fewer may lose a class at m = 4 (%(default)s)")
     add("--seeds", type=positive, default=5, help="trainings a margin (%(default)s)")
-    add("--margins", type=positive, nargs="+", default=[1, 2, 3, 4], help="1 is softmax (1 2 3 4)")
+    add("--margins", type=margin_of, nargs="+", default=[1, 2, 3, 4], help="1 is softmax (1 2 3 4)")
     add("--output", type=Path, default=Path("build/digits.png"), help="the picture (%(default)s)")
     add("--json", type=Path, help="also save the figures of every training, in this file")
     args = parser.parse_args(arguments)
     args.margins = list(dict.fromkeys(args.margins))
     args.device = device_of(args.device, parser)
     for path in filter(None, (args.output, args.json)):
-        if path.is_dir():
+        if os.path.isdir(path):
             parser.error(f"{path}: expected a file to write, this is a directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
+        except OSError as error:
+            parser.error(f"{path} can't be written: {error}")
     try:
         plots.format_of(args.output)
     except ValueError as error:

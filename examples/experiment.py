@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import lsoftmax
 from extras import needed
 from files import write_json
+from lsoftmax.checks import check_margin
 from training import Augment, Log, Recipe, Training
 
 with needed():
@@ -54,6 +55,14 @@ def positive(text: str) -> int:
     return value
 
 
+def margin_of(text: str) -> int:
+    """An argument that is a margin."""
+    try:
+        return check_margin(int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def device_of(text: str, parser: argparse.ArgumentParser) -> torch.device:
     """The device of this name, or the parser's error."""
     try:
@@ -71,7 +80,7 @@ def arguments_of(name: str, description: str, settings: Iterable[str]) -> argpar
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--data", type=Path, default=Path("data"), help="folder of the data (%(default)s)")
     add("--recipe", choices=list(settings), default="default", help="how to train (%(default)s)")
-    add("--margins", type=positive, nargs="+", default=[1, 2, 3, 4], help="1 is softmax (1 2 3 4)")
+    add("--margins", type=margin_of, nargs="+", default=[1, 2, 3, 4], help="1 is softmax (1 2 3 4)")
     add("--seeds", type=positive, default=3, help="trainings a margin (%(default)s)")
     add("--epochs", type=positive, help="instead of the recipe's")
     add("--device", default=device, help="cpu, cuda, cuda:1 and so on (%(default)s)")

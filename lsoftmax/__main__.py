@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 
@@ -192,8 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report()
         return
     output = args.output or Path(f"{args.picture}.png")
-    if output.is_dir() or not output.resolve().parent.is_dir():
-        parser.error(f"{output}: expected a file to write, in a directory that is there")
+    if os.path.isdir(output):
+        parser.error(f"{output}: expected a file to write, this is a directory")
+    try:
+        NamedTemporaryFile(dir=output.parent, prefix=output.name).close()
+    except OSError as error:
+        parser.error(f"{output} can't be written: {error}")
     plot(args.picture, output)
 
 

@@ -113,8 +113,11 @@ def test_missing_package_is_named(package, module, monkeypatch):
     [
         (["--epochs", "0"], "--epochs"),
         (["--margins", "1", "two"], "--margins"),
+        (["--margins", "1", "1001"], "expected an integer <= 1000, got 1001"),
         (["--device", "abacus"], "--device abacus"),
         (["--output", "."], "is a directory"),
+        (["--output", "/proc/digits.png"], "can't be written"),
+        (["--output", "a" * 300 + ".png"], "can't be written"),
         (["--output", "digits.txt"], "ends in .png, .pdf or .svg"),
     ],
 )

@@ -144,7 +144,8 @@ def test_no_subcommand_is_the_report(capsys):
     [
         (["plot"], "picture"),
         (["plot", "cat"], "choose from"),
-        (["plot", "psi", "-o", "/nowhere/psi.png"], "expected a file to write"),
+        (["plot", "psi", "-o", "/nowhere/psi.png"], "can't be written: "),
+        (["plot", "psi", "-o", "a" * 300 + ".png"], "can't be written: "),
         (["plot", "psi", "-o", "."], "expected a file to write"),
     ],
 )
