@@ -75,5 +75,5 @@ CHARTS = [
     Chart("times", "Time against everything else", standard, drawing.times),
     Chart("roofline", "How far from the machine's limits", with_backward, drawing.roofline),
     Chart("memory", "Memory against C", lambda r: series(r, "c"), drawing.memory),
-    Chart("cost", "Time against C and N", both_series, drawing.cost),
+    Chart("cost", "Time against the size", both_series, drawing.cost),
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import offset_copy
 
 from .cases import Case
 from .floors import least
@@ -148,7 +149,7 @@ def _curves(cases: Cases, value: Callable[[dict], float | None], axis: str) -> d
 
 
 def _draw_curves(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
-    """Lines with their names at their right ends, apart where they would overlap."""
+    """Lines with their names to the right of their ends, apart where they would overlap."""
     for name, points in lines.items():
         style: dict = {"lw": 1.8, "ms": 5}
         if name == PRODUCTS.name:
@@ -162,9 +163,12 @@ def _draw_curves(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
     span = max(max(logs) - min(logs), 1.0)
     ends = sorted((math.log10(points[-1][1]), name) for name, points in lines.items())
     places = _apart([end for end, _ in ends], 0.05 * span)
-    for (_, name), place in zip(ends, places, strict=True):
-        point = (lines[name][-1][0], 10**place)
-        _note(axes, name, point, (12, 0), colour_of(name), va="center")
+    aside = offset_copy(axes.transData, axes.figure, x=28, units="points")
+    for (end, name), place in zip(ends, places, strict=True):
+        size, colour = lines[name][-1][0], colour_of(name)
+        leader = {"arrowstyle": "-", "color": colour, "lw": 0.7, "relpos": (0, 0.5), "shrinkB": 5}
+        how = {"xytext": (size, 10**place), "textcoords": aside, "arrowprops": leader}
+        axes.annotate(name, (size, 10**end), color=colour, fontsize=9, va="center", **how)
     low, high = min(*logs, *places) - 0.06 * span, max(*logs, *places) + 0.06 * span
     axes.set_ylim(10**low, 10**high)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .provider import Bound, Provider
+from .provider import Bound, Provider, UnsupportedError
 
 
 class Plain(Provider):
@@ -110,6 +110,8 @@ class MetricLearning(Provider):
 
 
 class Liger(Plain):
+    """In Triton, as it comes."""
+
     name, cuda_only = "liger-kernel", True
     requires, package = "liger_kernel", "liger-kernel"
 
@@ -117,6 +119,24 @@ class Liger(Plain):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return Bound(partial(LigerFusedLinearCrossEntropyLoss(), w, x, y), (x, w))
+
+
+class LigerHopper(Plain):
+    """Its kernels for Hopper, which it does not choose by itself."""
+
+    name, cuda_only, slow_start = "liger-kernel, CuTe for Hopper", True, True
+    requires, package = "cutlass", "liger-kernel[cutedsl]"
+    types = ("bfloat16",)
+
+    def installed(self) -> bool:
+        return super().installed() and Liger().installed()
+
+    def bind(self, x: Tensor, w: Tensor, y: Tensor, margin: int, lam: float) -> Bound:
+        from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as hopper
+
+        if x.shape[0] % 128 or w.shape[0] % 256:
+            raise UnsupportedError("takes rows in multiples of 128, classes of 256")
+        return Bound(partial(hopper.liger_fused_linear_cross_entropy_sm90, x, w, y), (x, w))
 
 
 class CutCrossEntropy(Plain):

@@ -67,7 +67,8 @@ def section(runs: dict[str, dict]) -> str:
     for (device, _), those in together.items():
         text = overview(*those.values())
         if text:
-            links = [f"[{name}](benchmarks/results/{name})" for name in those]
+            shown = [name for name, result in those.items() if overview(result)]
+            links = [f"[{name}](benchmarks/results/{name})" for name in shown]
             parts += [text, "", f"{device}. From {', '.join(links)}.", ""]
     return "\n".join(parts + no_gpu(runs))
 

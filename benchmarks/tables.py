@@ -12,6 +12,7 @@ from .providers import OURS, PRODUCTS
 
 PLAIN = CrossEntropy.name
 NONE = "–"
+GRADIENTS = ("dx", "dw", "dw_others")  # what errors are measured of, beside the loss
 
 
 def by_case(result: dict) -> Iterator[tuple[Case, dict[str, dict]]]:
@@ -37,7 +38,7 @@ def overview(*runs: dict) -> str:
     """The standard shapes at margins above 1: ours beside those that a user would think of. Empty
     where there are none.
     """
-    heads = ["N, D, C", "type", "ours, ms", PLAIN, "published layer", MetricLearning.name]
+    heads = ["N, D, C", "type", "ours, ms", PLAIN, Published.name, MetricLearning.name]
     heads += ["fastest other", "products alone", f"ours / {PLAIN}"]
     heads += ["peak MB: ours", PLAIN, "error: loss", "gradient"]
     shapes = list(dict.fromkeys(GPU_SHAPES + CPU_SHAPES))
@@ -65,7 +66,7 @@ def overview(*runs: dict) -> str:
                 megabytes(ours),
                 megabytes(plain),
                 error(ours, "loss"),
-                error(ours, "dx", "dw"),
+                error(ours, *GRADIENTS),
             ]
         )
     return table(heads, lines) if lines else ""
@@ -94,7 +95,7 @@ def case_table(rows: Sequence[dict]) -> str:
                 megabytes(row),
                 NONE if row["launches"] is None else str(row["launches"]),
                 error(row, "loss"),
-                error(row, "dx", "dw"),
+                error(row, *GRADIENTS),
                 remark(row),
             ]
         )

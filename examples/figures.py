@@ -49,8 +49,10 @@ def draw_angles(path: Path, rows: Sequence[Row]) -> None:
         for which, words in (("own", "own class"), ("other", "nearest other")):
             counts = np.sum([row["angle_counts"][which] for row in of_margin], axis=0)
             edges = np.linspace(0, 180, len(counts) + 1)
-            shade = colour(margin) if which == "own" else "0.8"
-            axes.stairs(100 * counts / counts.sum(), edges, fill=True, color=shade, label=words)
+            style = {"color": colour(margin), "fill": True, "alpha": 0.75}
+            if which == "other":  # an outline, which hides nothing
+                style = {"color": "0.2", "lw": 1.2}
+            axes.stairs(100 * counts / counts.sum(), edges, label=words, **style)
         axes.set(title=short(margin), xlim=(0, 120), xticks=[0, 30, 60, 90, 120])
         axes.legend(frameon=False, fontsize=8)
     figure.supxlabel("angle to the class vector, degrees", fontsize=10)

@@ -200,23 +200,37 @@ def _packed_pairs(rows: np.ndarray, drawings: int = 20) -> Pairs:
 
 
 def draw_pairs(alphabets: Iterable[int], drawings: int = 20, seed: int = 0) -> Pairs:
-    """Ten folds of pairs of drawings of one character, and of two characters of one alphabet."""
+    """Ten folds of pairs of drawings of one character, and of two characters of one alphabet.
+
+    No pair is there twice, and no character in two folds: a threshold is tested on characters that
+    it was not chosen on.
+
+    Raises:
+        ValueError: there are too few characters for it.
+    """
     rng = np.random.default_rng(seed)
     alphabet = np.array(list(alphabets))
-    alone = [i for i, a in enumerate(alphabet) if (alphabet == a).sum() == 1]
-    rows = []
+    dealt = np.argsort(alphabet + rng.random(len(alphabet)))  # each alphabet to all folds
+    rows: dict[tuple[int, ...], None] = {}
     for fold in range(FOLDS):
+        own = dealt[fold::FOLDS]
+        others = {c: own[(alphabet[own] == alphabet[c]) & (own != c)] for c in own}
+        accompanied = [c for c in own if len(others[c])]
+        if not accompanied:
+            raise ValueError(
+                f"alphabets: expected {2 * FOLDS} characters of each or more, got {len(alphabet)} "
+                f"in all, {alphabet.tolist().count(alphabet[0])} of the first"
+            )
         for same in (1, 0):
-            for _ in range(PAIRS):
-                first = second = rng.integers(len(alphabet))
-                if not same:
-                    first = rng.choice(np.setdiff1d(np.arange(len(alphabet)), alone))
-                    others = np.flatnonzero(alphabet == alphabet[first])
-                    second = rng.choice(others[others != first])
-                i, j = (
-                    rng.choice(drawings, 2, replace=False)
-                    if same
-                    else rng.integers(drawings, size=2)
-                )
-                rows.append((fold, same, first, i, second, j))
-    return _packed_pairs(np.array(rows), drawings)
+            end = len(rows) + PAIRS
+            while len(rows) < end:
+                if same:
+                    first = second = rng.choice(own)
+                    i, j = rng.choice(drawings, 2, replace=False)
+                else:
+                    first = rng.choice(accompanied)
+                    second = rng.choice(others[first])
+                    i, j = rng.integers(drawings, size=2)
+                left, right = sorted([(first, i), (second, j)])
+                rows[(fold, same, *left, *right)] = None
+    return _packed_pairs(np.array(list(rows)), drawings)

@@ -62,6 +62,7 @@ def cells(margin: int, annealing: str, seed: int) -> Iterator[Cell]:
             yield cell(task, activation="prelu")
     if margin in (1, 2, 4):
         yield cell("omniglot")
+        yield cell("omniglot-long")
     if margin == 3 or annealing not in ("softmax", "for_steps", "by_angle"):
         return
     clipped = [f"-clip{clip}" for clip in CLIPS]

@@ -51,6 +51,7 @@ def fill(page: str, results: Results) -> str:
     tables = {
         "runs": runs_table,
         "failures": failures_table,
+        "never": never_table,
         "figures": figures_table,
         "defaults": defaults_table,
         "clipped": clipped_table,
@@ -146,6 +147,20 @@ def failures_table(results: Results) -> str:
     return table(["failed / run", *(f"{task}, m = {m}" for task, m in columns(results))], rows)
 
 
+def never_table(results: Results) -> str:
+    """Classes that no test image is taken for, on the task that has many: means of the seeds."""
+    across = [(task, m) for task in ("omniglot", "omniglot-long") for m in (2, 4)]
+    rows = []
+    for name in ANNEALINGS:
+        row = [name]
+        for task, margin in across:
+            like = Cell(task, 1 if name == "softmax" else margin, name, 0.1, 0)
+            counts = [run["never_predicted"] for run in select(results, like)]
+            row.append(f"{statistics.mean(counts):.1f}" if counts else "-")
+        rows.append(row)
+    return table(["of 200 classes", *(f"{task}, m = {m}" for task, m in across)], rows)
+
+
 def share(lost: Sequence[bool]) -> str:
     return f"{sum(lost)} / {len(lost)}" if lost else "-"
 
@@ -232,8 +247,9 @@ def plot_failures(results: Results) -> Figure:
 
 def plot_figures(results: Results) -> Figure:
     """Error against angle: mean of the seeds, m = 4, learning rate 0.1, ReLU."""
-    figure = Figure(figsize=(3.4 * len(COMPARED), 4.2), dpi=120, layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(COMPARED)), COMPARED, strict=True):
+    lines = -(-len(COMPARED) // 3)
+    figure = Figure(figsize=(11, 3.2 * lines + 0.8), dpi=120, layout="constrained")
+    for axes, task in zip(figure.subplots(lines, 3).flat, COMPARED, strict=False):
         baseline = select(results, Cell(task, 1, "softmax", 0.1, 0))
         limit = statistics.mean(run["error"] for run in baseline) + WORSE if baseline else 100
         for index, name in enumerate(ANNEALINGS):
@@ -243,8 +259,8 @@ def plot_figures(results: Results) -> Figure:
                 continue
             axes.errorbar(
                 *(statistics.mean(angle), statistics.mean(error)),
-                xerr=statistics.pstdev(angle),
-                yerr=statistics.pstdev(error),
+                xerr=statistics.stdev(angle),
+                yerr=statistics.stdev(error),
                 fmt="*" if name == "softmax" else "o",
                 ms=11 if name == "softmax" else 6,
                 color="black" if name == "softmax" else f"C{index}",
@@ -258,8 +274,8 @@ def plot_figures(results: Results) -> Figure:
     }
     names = [name for name in ANNEALINGS if name in handles]
     shown = [handles[name] for name in names]
-    figure.legend(shown, names, loc="outside lower center", ncols=len(names), fontsize=8)
-    figure.axes[0].set_ylabel("test error, % (failed ones left out)")
+    figure.legend(shown, names, loc="outside lower center", ncols=6, fontsize=8)
+    figure.supylabel("test error, % (failed ones left out)", fontsize=10)
     return figure
 
 

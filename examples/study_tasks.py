@@ -69,6 +69,7 @@ ANNEALINGS: dict[str, Callable[[int], LambdaSchedule | float]] = {
     "0.99^t": lambda steps: LambdaSchedule(100.0, 1e-8, -math.log(0.99) / 1e-8),
     "for_steps, keep=None": lambda steps: LambdaSchedule.for_steps(steps, keep=None),
     "for_steps, keep=0.6": lambda steps: LambdaSchedule.for_steps(steps, keep=0.6),
+    "for_steps, keep=0.7": lambda steps: LambdaSchedule.for_steps(steps, keep=0.7),
     "for_steps, minimum=5": lambda steps: LambdaSchedule.for_steps(steps, minimum=5.0),
     "for_steps": LambdaSchedule.for_steps,
     "by_angle": lambda steps: LambdaSchedule.by_angle(),
@@ -140,6 +141,7 @@ TASKS = {
     "mnist": Task(load_mnist, perceptron(196, 64, 64), 64, batch=128, epochs=4),
     "mnist-long": Task(load_mnist, perceptron(196, 64, 64), 64, batch=128, epochs=20),
     "omniglot": Task(load_omniglot, perceptron(225, 128, 64), 64, batch=64, epochs=15),
+    "omniglot-long": Task(load_omniglot, perceptron(225, 128, 64), 64, batch=64, epochs=75),
     "digits-plain": Task(load_digits, plain, 128, batch=64, epochs=100),
 }
 for name in ("digits-plain", "digits-long", "mnist-long", "omniglot"):

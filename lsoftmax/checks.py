@@ -16,6 +16,9 @@ REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 # psi takes as many steps, each of which adds a rounding: far above any use, and no endless loop.
 _LARGEST_MARGIN = 1000
 
+# torch's own, where none is given.
+_IGNORED = -100
+
 
 def check_margin(margin: int) -> int:
     """The margin as an int; TypeError or ValueError where it is none or outside [1, 1000]."""
@@ -66,16 +69,27 @@ def is_number(value: object) -> bool:
     return isinstance(value, (float, np.floating)) or is_integer(value)
 
 
-def check_loss_options(
-    reduction: str, ignore_index: int = -100, label_smoothing: float = 0.0
-) -> None:
-    """TypeError or ValueError unless these are what F.cross_entropy takes."""
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {list(REDUCTIONS)}, got {reduction!r}")
+def check_ignore_index(ignore_index: int | None) -> int:
+    """The index as an int, -100 for None; TypeError or ValueError where it is none."""
+    if ignore_index is None:
+        return _IGNORED
     if not is_integer(ignore_index):
         raise TypeError(f"ignore_index: expected an integer, got {kind(ignore_index)}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")
+    return int(ignore_index)
+
+
+def check_no_bias(bias: bool) -> None:
+    """ValueError unless it is False, which torch's layers may be told."""
+    if bias:
+        raise ValueError(f"bias: expected False, got {bias!r}: the margin is of angles alone")
+
+
+def check_loss_options(reduction: str, label_smoothing: float = 0.0) -> None:
+    """TypeError or ValueError unless these are what F.cross_entropy takes."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {list(REDUCTIONS)}, got {reduction!r}")
     if not is_number(label_smoothing):
         raise TypeError(
             f"label_smoothing: expected a number in [0, 1], got {kind(label_smoothing)}"
@@ -164,6 +178,15 @@ def lam_tensor(lam: float | Tensor, input: Tensor) -> Tensor:
     if lam.requires_grad or lam.dtype != torch.float32:
         return lam.detach().to(torch.float32)
     return lam
+
+
+def check_constant(name: str, value: float | Tensor | None) -> None:
+    """RuntimeError where a gradient is wanted of what has none, and None would come back."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: the loss has no gradient for it, pass {name}.detach(), or for a gradient of "
+            "lam take lsoftmax.reference"
+        )
 
 
 def check_device(name: str, tensor: Tensor, input: Tensor) -> None:

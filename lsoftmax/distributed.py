@@ -115,7 +115,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         memory_budget: int | None = None,
     ) -> None:
@@ -125,7 +125,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         if max_local_batch is not None:
             max_local_batch = checks.positive("max_local_batch", max_local_batch)
         checks.check_dtype(dtype)
-        checks.check_loss_options(reduction, ignore_index, label_smoothing)
+        checks.check_loss_options(reduction, label_smoothing)
         budget = checks.check_memory_budget(memory_budget)
         if weight is not None:
             checks.check_class_weight(weight, num_classes)
@@ -144,7 +144,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         self.max_local_batch = max_local_batch
         self.averaged = averaged
         self.reduction = reduction
-        self.ignore_index = int(ignore_index)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
         self.label_smoothing = float(label_smoothing)
         self.memory_budget = budget
 

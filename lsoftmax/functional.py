@@ -9,9 +9,11 @@ from . import autograd, reference
 from .checks import (
     REDUCTIONS,
     check_class_weight,
+    check_constant,
     check_dense,
     check_device,
     check_features,
+    check_ignore_index,
     check_loss_options,
     check_margin,
     check_matrices,
@@ -57,7 +59,7 @@ def lsoftmax_loss(
     *,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
 ) -> Tensor:
@@ -81,7 +83,7 @@ def lsoftmax_loss(
             tensor on the device of ``input`` (not looked at, so never a synchronisation).
         weight: (C,) class weights, as in :func:`torch.nn.functional.cross_entropy`.
         reduction: ``"mean"`` (over the kept targets' weights), ``"sum"`` or ``"none"``.
-        ignore_index: the target whose rows count for nothing.
+        ignore_index: the target whose rows count for nothing; None is -100.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         memory_budget: bytes that what is N x C may take; None: a quarter of the memory that is free
             or, without asking, 64 MB or a 256th of a GPU. Where it is not enough, or a CPU is
@@ -95,6 +97,7 @@ def lsoftmax_loss(
 
     Raises:
         TypeError: an argument of the wrong type, or tensors whose types differ.
+        RuntimeError: ``weight`` or ``lam`` requires a gradient, which there is none of.
         ValueError: wrong number of dimensions, shape, device or value.
         IndexError: a target outside [0, C), on a CPU; on CUDA the device asserts, as it does for
             :func:`torch.nn.functional.cross_entropy`.
@@ -122,7 +125,7 @@ def loss_and_cosine(
     *,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -132,12 +135,15 @@ def loss_and_cosine(
     """
     input, linear_weight = autocast(input, linear_weight)
     check_matrices(input, linear_weight, target)
+    check_constant("lam", lam)
     margin, lam = check_margin(margin), lam_tensor(lam, input)
-    check_loss_options(reduction, ignore_index, label_smoothing)
+    check_loss_options(reduction, label_smoothing)
+    ignore_index = check_ignore_index(ignore_index)
     check_memory_budget(memory_budget)
     if weight is not None:
         check_class_weight(weight, linear_weight.shape[0])
         check_device("weight", weight, input)
+        check_constant("weight", weight)
         weight = weight.to(accumulate_type(input.dtype)).contiguous()
     if is_transformed():
         loss = reference.lsoftmax_loss(
@@ -188,7 +194,7 @@ def plan(
     """
     input, linear_weight = autocast(input, linear_weight)
     check_features(input, linear_weight)
-    check_loss_options(reduction, label_smoothing=label_smoothing)
+    check_loss_options(reduction, label_smoothing)
     check_memory_budget(memory_budget)
     rows = input if input.dim() == 2 else input.unsqueeze(0)
     return _plan(rows, linear_weight, reduction, memory_budget, label_smoothing)
@@ -201,6 +207,8 @@ def _plan(
     memory_budget: int | None,
     label_smoothing: float,
 ) -> Plan:
+    if memory_budget is None and torch.compiler.is_exporting():
+        return Plan(0, 0, 0)  # of any size: a choice would bind the program to those it was made by
     return choose(
         rows.shape[0],
         rows.shape[1],
@@ -248,6 +256,7 @@ def logits_and_cosine(
     """:func:`lsoftmax_linear`, and the low cosine, as of :func:`loss_and_cosine`."""
     input, linear_weight = autocast(input, linear_weight)
     check_matrices(input, linear_weight, target)
+    check_constant("lam", lam)
     margin, lam = check_margin(margin), lam_tensor(lam, input)
     if is_transformed():
         logits = reference.lsoftmax_linear(input, linear_weight, target, margin, lam)

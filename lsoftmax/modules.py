@@ -103,6 +103,7 @@ class LSoftmaxLoss(_Annealed):
         reduction, weight, ignore_index, label_smoothing: as :class:`torch.nn.CrossEntropyLoss`.
         memory_budget: bytes that what is N x C may take, as in
             :func:`lsoftmax.functional.lsoftmax_loss`.
+        bias: False, for who says so to torch's layer.
 
     Shape:
         - input: (N, D) or (D,)
@@ -127,19 +128,21 @@ class LSoftmaxLoss(_Annealed):
         margin: int = 4,
         *,
         lam: LambdaSchedule | float | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         memory_budget: int | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
+        checks.check_no_bias(bias)
         in_features = checks.positive("in_features", in_features)
         num_classes = checks.positive("num_classes", num_classes)
         checks.check_dtype(dtype)
-        checks.check_loss_options(reduction, ignore_index, label_smoothing)
+        checks.check_loss_options(reduction, label_smoothing)
         budget = checks.check_memory_budget(memory_budget)
         if weight is not None:
             checks.check_class_weight(weight, num_classes)
@@ -149,7 +152,7 @@ class LSoftmaxLoss(_Annealed):
             weight = weight.to(self.linear.weight.device)
         self.register_buffer("weight", weight)
         self.reduction = reduction
-        self.ignore_index = int(ignore_index)
+        self.ignore_index = checks.check_ignore_index(ignore_index)
         self.label_smoothing = float(label_smoothing)
         self.memory_budget = budget
 
@@ -192,6 +195,7 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
         margin: integer m >= 1.
         lam: as in :class:`LSoftmaxLoss`.
         device, dtype: of the weight.
+        bias: False, for who says so to ``nn.Linear``.
 
     Shape:
         - input: (N, D) or (D,); with ``target=None`` any shape (..., D)
@@ -209,14 +213,22 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
         margin: int = 4,
         *,
         lam: LambdaSchedule | float | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = False,
     ) -> None:
+        checks.check_no_bias(bias)
         in_features = checks.positive("in_features", in_features)
         out_features = checks.positive("out_features", out_features)
         checks.check_dtype(dtype)
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self._init_margin(margin, lam, self.weight.device)
+
+    def reset_parameters(self) -> None:
+        """New class vectors, and annealing from its beginning."""
+        super().reset_parameters()
+        if "schedule" in self._modules:  # not yet, as nn.Linear is made
+            self.schedule.reset_parameters()
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """Margin logits with a target (a training forward advances the schedule), else plain."""

@@ -27,7 +27,7 @@ def psi(cos_theta: Tensor, margin: int) -> Tensor:
     polynomial of the first kind (three-term recurrence: the expanded monomials cancel, and powers
     divided by c are NaN at c = 0), and k is the number of bucket edges :math:`\cos(j\pi/m)`,
     j = 1..m-1, above c. No arccos, so the derivative is bounded by :math:`m^2` everywhere, and c
-    may leave [-1, 1] by rounding.
+    may leave [-1, 1] by rounding. Computed in float64, and rounded once.
 
     Args:
         cos_theta: any shape, floating point.
@@ -36,14 +36,14 @@ def psi(cos_theta: Tensor, margin: int) -> Tensor:
     Returns:
         A tensor of the shape and type of ``cos_theta``, in [1 - 2m, 1].
     """
-    c = cos_theta
+    c = cos_theta.double()  # in 16 bits k would end at 256, and the edges near -1 be -1
     t_prev, t = torch.ones_like(c), c
     for _ in range(margin - 1):
         t_prev, t = t, 2 * c * t - t_prev
     k = torch.zeros_like(c)
     for j in range(1, margin):
         k = k + (c < math.cos(j * math.pi / margin)).to(c.dtype)
-    return (1 - 2 * (k % 2)) * t - 2 * k
+    return ((1 - 2 * (k % 2)) * t - 2 * k).to(cos_theta.dtype)
 
 
 def lsoftmax_linear(

@@ -272,22 +272,23 @@ class LambdaSchedule(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> LambdaSchedule:
-        """Module.to(), half() and so on: the device changes, numbers keep float32's bits."""
+        """Module.to(), half() and so on: the device changes, numbers keep their bits, in to_empty()
+        too.
+        """
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if before["lam"].is_meta and not self.lam.is_meta:  # to_empty(): no numbers to move
+        if before["lam"].is_meta and not self.lam.is_meta:  # there are none to move
             self.reset_parameters()
             return self
         for name, number in before.items():
-            now = getattr(self, name)
-            if now.dtype != number.dtype:
-                setattr(self, name, number.to(now.device))
+            setattr(self, name, number.to(getattr(self, name).device))
+        self._has_no_numbers |= self.lam.is_meta
         return self
 
     def reset_parameters(self) -> None:
-        """Back to before the first step; a schedule made on the meta device begins here."""
+        """Back to before the first step, in place; a schedule made on the meta device begins here."""
         for name, number in self.beginning(self.lam.device).items():
-            setattr(self, name, number)
+            getattr(self, name).copy_(number)
         self._has_no_numbers = self.lam.is_meta
 
     def beginning(self, device: torch.device | None = None) -> dict[str, Tensor]:

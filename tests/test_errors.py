@@ -147,7 +147,8 @@ def test_one_class_smaller_than_the_last_target_is_no_ignore_index() -> None:
         ({"reduction": "max"}, ValueError, "reduction"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing"),
         ({"weight": torch.ones(3)}, ValueError, "weight"),
-        ({"ignore_index": None}, TypeError, "ignore_index"),
+        ({"ignore_index": "0"}, TypeError, "ignore_index"),
+        ({"bias": True}, ValueError, "bias: expected False, got True"),
         ({"dtype": torch.complex64}, TypeError, "dtype.*float32.*complex64"),
     ],
     ids=names,
@@ -159,7 +160,11 @@ def test_loss_module(wrong: dict, error: type, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
-    [({"margin": 0}, ValueError, "margin"), ({"lam": math.nan}, ValueError, "lam")],
+    [
+        ({"margin": 0}, ValueError, "margin"),
+        ({"lam": math.nan}, ValueError, "lam"),
+        ({"bias": True}, ValueError, "bias"),
+    ],
     ids=names,
 )
 def test_linear_module(wrong: dict, error: type, text: str) -> None:
@@ -275,3 +280,18 @@ def test_numbers_of_numpy_are_numbers() -> None:
         assert getattr(layer, name) == value
         assert type(getattr(layer, name)) is type(value)
     assert lsoftmax.LSoftmaxLoss(D, C, lam=np.float32(0.5)).lam == 0.5
+
+
+@pytest.mark.parametrize("name", ["weight", "lam"])
+def test_a_gradient_that_there_is_none_of(name: str) -> None:
+    """Red if it comes back as None; without gradients, and detached, the same tensor will do."""
+    inputs = arguments()
+    wanted = torch.rand((C,) if name == "weight" else ()).requires_grad_()
+
+    def loss(tensor: torch.Tensor) -> torch.Tensor:
+        return functional.lsoftmax_loss(**inputs, **{name: tensor})
+
+    with pytest.raises(RuntimeError, match=rf"{name}: the loss has no gradient.*{name}.detach"):
+        loss(wanted)
+    with torch.no_grad():
+        assert loss(wanted) == loss(wanted.detach())

@@ -74,3 +74,15 @@ def test_the_loss_itself() -> None:
     program = torch.export.export(head, (x, y))
     torch.testing.assert_close(program.module()(x, y), head(x, y))
     assert [node for node in program.graph.nodes if "lsoftmax" in str(node.target)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loss_of_any_number_of_rows(training: bool) -> None:
+    """Red if a choice by size binds the program: the dimension has no upper bound."""
+    head = LSoftmaxLoss(6, 5, lam=0.5).train(training)
+    rows = {0: torch.export.Dim("batch")}
+    given = torch.randn(8, 6), torch.randint(5, (8,))
+    program = torch.export.export(head, given, dynamic_shapes=(rows, rows))
+    for n in (1, 3, 1000):
+        x, y = torch.randn(n, 6), torch.randint(5, (n,))
+        torch.testing.assert_close(program.module()(x, y), head(x, y))

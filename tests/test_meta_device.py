@@ -125,12 +125,25 @@ def test_a_skeleton_on_the_meta_device_is_called_with_others_numbers() -> None:
     torch.testing.assert_close(call(*state), torch.stack([head(x, y) for head in heads]))
 
 
+def under_meta(schedule: LambdaSchedule | float) -> LSoftmaxLoss:
+    with torch.device("meta"):
+        return LSoftmaxLoss(6, 5, margin=3, lam=schedule)
+
+
+def given_meta(schedule: LambdaSchedule | float) -> LSoftmaxLoss:
+    return LSoftmaxLoss(6, 5, margin=3, lam=schedule, device="meta")
+
+
+def moved_to_meta(schedule: LambdaSchedule | float) -> LSoftmaxLoss:
+    return LSoftmaxLoss(6, 5, margin=3, lam=schedule).to("meta")
+
+
+@pytest.mark.parametrize("made", [under_meta, given_meta, moved_to_meta])
 @pytest.mark.parametrize("schedule", [curve, held])
-def test_junk_for_numbers_is_refused(schedule) -> None:
+def test_junk_for_numbers_is_refused(made, schedule) -> None:
     """Where the layer is used, in training and out of it, until it is reset."""
     state = {"linear.weight": torch.randn(5, 6)}
-    with torch.device("meta"):
-        head = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
+    head = made(schedule())
     x, y = torch.randn(4, 6), torch.arange(4)
     for training, junk in ((True, 77), (False, 77), (True, 0)):
         other = assigned(copy.deepcopy(head), state, junk).train(training)
@@ -161,3 +174,25 @@ def test_made_empty_and_reset(layer: type, schedule) -> None:
     for name in ("steps", "lam", "share"):
         assert torch.equal(getattr(head.schedule, name), getattr(fresh, name))
     assert all(parameter.isfinite().all() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("made", [under_meta, given_meta, moved_to_meta])
+def test_a_constant_needs_no_numbers(made) -> None:
+    head = assigned(made(0.75), {"linear.weight": torch.randn(5, 6)}, junk=77)
+    head(torch.randn(4, 6), torch.arange(4))
+    assert head.lam == 0.75
+
+
+@pytest.mark.parametrize("schedule", [curve, held, constant])
+def test_a_real_layer_made_empty_keeps_its_numbers(schedule, monkeypatch) -> None:
+    """Red if lam is whatever was in the memory: torch fills it with NaN, asked to be repeatable."""
+    head = trained(LSoftmaxLoss, schedule(), steps=3)
+    before = {name: number.clone() for name, number in head.schedule.named_buffers()}
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        head.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert head.linear.weight.isnan().all()
+    assert all(torch.equal(number, before[name]) for name, number in head.schedule.named_buffers())

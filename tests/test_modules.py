@@ -194,6 +194,46 @@ def test_copies_are_apart() -> None:
     assert other.schedule.steps == 0
 
 
+def test_annealing_begins_again_in_place() -> None:
+    """Red if the numbers are others': lam was handed out, memory is shared, graphs captured it."""
+    schedule = LambdaSchedule(100.0, 0.5, 2.0)
+    head = LSoftmaxLoss(6, 5, lam=schedule).share_memory()
+    lam, buffers = head.lam, [buffer.data_ptr() for buffer in schedule.buffers()]
+    x, y = batch()
+    for _ in range(3):
+        head(x, y)
+    assert lam < 100
+    with torch.inference_mode():
+        schedule.reset_parameters()
+    assert [lam.item(), schedule.steps.item()] == [100.0, 0]
+    assert schedule.share.item() == pytest.approx(1 / 101)
+    head(x, y)
+    assert lam is head.lam
+    assert buffers == [buffer.data_ptr() for buffer in schedule.buffers()]
+
+
+def test_new_class_vectors_begin_annealing() -> None:
+    """Red if LSoftmaxLinear.reset_parameters() is nn.Linear's alone: its margin would lose them."""
+    head = LSoftmaxLinear(6, 5, lam=LambdaSchedule(100.0, 0.5, 2.0))
+    x, y = batch()
+    for _ in range(3):
+        head(x, y)
+    weight = head.weight.clone()
+    head.reset_parameters()
+    assert (head.weight != weight).any()
+    assert [head.lam.item(), head.schedule.steps.item()] == [100.0, 0]
+
+
+def test_what_torchs_layers_may_be_told() -> None:
+    loss = LSoftmaxLoss(6, 5, ignore_index=None, bias=False)
+    assert loss.ignore_index == -100
+    assert loss.linear.bias is None
+    assert LSoftmaxLinear(6, 5, bias=False).bias is None
+    x, y = batch()
+    y[0] = -100
+    assert lsoftmax.functional.lsoftmax_loss(x, loss.linear.weight, y, ignore_index=None)
+
+
 @pytest.mark.parametrize("lam", [None, 3.0])
 def test_made_on_the_meta_device(lam: float | None) -> None:
     """Sharded training makes models there: to_empty() must not leave garbage for lam."""

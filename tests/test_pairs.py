@@ -101,23 +101,25 @@ def test_omniglot_packed(rng, tmp_path):
 def test_omniglot_as_published(rng, tmp_path):
     image = pytest.importorskip("PIL.Image", reason="Omniglot's pictures need pillow")
     train = drawings(rng, 2)
-    for part in ("images_background", "images_evaluation"):
-        for alphabet, character in (("Greek", 1), ("Latin", 1), ("Latin", 2)):
-            folder = tmp_path / part / alphabet / f"character{character:02}"
+    for part, latin in (("images_background", 2), ("images_evaluation", 20)):
+        for alphabet, character in (("Greek", 0), *(("Latin", i) for i in range(latin))):
+            folder = tmp_path / part / alphabet / f"character{character + 1:02}"
             folder.mkdir(parents=True)
             for drawing in range(20):
-                paper = train[character - 1, drawing]
+                paper = train[character % 2, drawing]
                 image.fromarray(paper).save(folder / f"0001_{drawing + 1:02}.png")
     omniglot = pairs.omniglot(tmp_path)
     shrunk = np.where(train[:, :, ::3, ::3], 0, 255)
     order = [0, 0, 1]  # Greek 1, Latin 1, Latin 2
     assert np.array_equal(omniglot.images, shrunk[order].reshape(60, 1, 35, 35))
-    assert omniglot.test_identities.tolist() == [i for i in range(3) for _ in range(20)]
+    assert omniglot.test_identities.tolist() == [i for i in range(21) for _ in range(20)]
 
 
 def test_drawn_pairs_are_balanced_and_of_one_alphabet(rng):
-    """Red if a pair of two alphabets, or of an image and itself, is among them."""
-    alphabets = np.array([0, 0, 0, 1, 1, 2])  # the last has one character: it has no different pair
+    """Red if a pair of two alphabets, of an image and itself, or of two folds' characters, is among
+    them, or one is there twice.
+    """
+    alphabets = rng.permutation(np.repeat([0, 1, 2], [20, 37, 1]))
     drawn = pairs.draw_pairs(alphabets)
     left, right = drawn.left // 20, drawn.right // 20
     assert torch.equal(drawn.fold.bincount(), torch.full((10,), 600))
@@ -125,8 +127,14 @@ def test_drawn_pairs_are_balanced_and_of_one_alphabet(rng):
     assert torch.equal(left == right, drawn.same)
     assert (drawn.left != drawn.right).all()
     assert np.array_equal(alphabets[left], alphabets[right])
-    assert set(left[drawn.same].tolist()) == set(range(6))
+    assert set(left[drawn.same].tolist()) == set(range(58))
+    of_fold = torch.stack([torch.cat([left, right]), drawn.fold.repeat(2)], 1)
+    assert len(of_fold.unique(dim=0)) == 58, "a character is in two folds"
+    both = torch.stack([drawn.left, drawn.right], 1).sort(1).values
+    assert len(both.unique(dim=0)) == 6000
     assert torch.equal(drawn.left, pairs.draw_pairs(alphabets).left), "always the same"
+    with pytest.raises(ValueError, match="got 11 in all, 11 of the first"):
+        pairs.draw_pairs([7] * 11)
 
 
 # ---- missing files -------------------------------------------------------------------------------

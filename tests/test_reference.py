@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lsoftmax import reference
+from lsoftmax import functional, reference
 from problems import problem
 
 
@@ -27,6 +27,18 @@ def test_psi_decreases_and_is_continuous_at_the_bucket_edges(margin: int) -> Non
     assert (gap.abs() < 1e-7).all()
     values = reference.psi(torch.linspace(-1, 1, 4001, dtype=torch.float64), margin)
     assert (values.diff() > -1e-12).all(), "psi must grow with the cosine"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("margin", [65, 300, 1000])
+def test_psi_is_rounded_once(margin: int, dtype: torch.dtype) -> None:
+    """Red if k, the recurrence or the edges are of the cosine's type: bfloat16 counts to 256."""
+    cosine = torch.cat([torch.rand(1000) * 2 - 1, torch.tensor([-1.0, 0.5, 1.0])]).to(dtype)
+    theta = cosine.double().acos()
+    k = torch.clamp((theta * margin / math.pi).floor(), max=margin - 1)
+    papers = (-1.0) ** k * torch.cos(margin * theta) - 2 * k
+    rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-8}
+    torch.testing.assert_close(functional.psi(cosine, margin), papers.to(dtype), **rounding)
 
 
 def away_from_edges(p, margin: int) -> bool:
