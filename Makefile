@@ -2,8 +2,8 @@
 # install torch and this package there, and run. Variables, on the command line or exported:
 #   TORCH=torch==2.13.0   the torch to install in .venv (default: the newest)
 #   VENV=.venv            where
-#   PYTHON=/path/python   instead of all that: an environment that has torch, setuptools and what
-#                         the command itself needs; used as it is, without network
+#   PYTHON=/path/python   instead of all that: an environment that has torch, setuptools >= 77 and
+#                         what the command itself needs; used as it is, without network
 #   PYTEST_ARGS=...       more for pytest
 #   GPU_CHECKED=folder    for all that gpu-check leaves (default: build/gpu-check)
 #   BENCH_ARGS=...        for the benchmarks; `make bench BENCH_ARGS=--help` says which there are
@@ -20,6 +20,11 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MUTATIONS_ARGS ?=
 
+space := $(subst ,, )
+ifneq ($(findstring $(space),$(CURDIR)$(VENV)$(PYTHON)),)
+$(error make cannot do with a space in a path: $(CURDIR), VENV=$(VENV), PYTHON=$(PYTHON); pip install . can)
+endif
+
 # What was done in an environment is remembered by empty files: in .venv itself, so that they go
 # when it goes; for somebody else's environment in build/.
 ifeq ($(PYTHON),)
@@ -29,6 +34,12 @@ else
 PY := $(abspath $(shell command -v '$(PYTHON)'))
 STATE := build/state$(subst /,-,$(PY))
 $(if $(PY),,$(error PYTHON=$(PYTHON) is not there))
+# Somebody else may have installed another package there since, or removed this one.
+INSTALLED := cd / && $(PY) -c 'import importlib.util as u, os; s = u.find_spec("lsoftmax"); \
+	print(s.origin, os.stat(s.origin).st_mtime_ns) if s else print("none")'
+ifneq ($(shell $(INSTALLED)),$(shell cat $(STATE)/package 2>/dev/null))
+$(shell rm -f $(STATE)/package)
+endif
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
@@ -86,7 +97,8 @@ $(STATE)/torch: $(STATE)/torch-wanted
 INSTALL := $(PIP) install '.[test,examples]'
 else
 $(STATE)/torch:
-	$(PY) -c 'import torch, setuptools'
+	$(PY) -c 'import torch, setuptools as s; v = s.__version__; \
+	int(v.split(".")[0]) >= 77 or exit(f"setuptools >= 77 is needed, here is {v}")'
 	@mkdir -p $(@D); touch $@
 
 INSTALL := $(PIP) install --no-build-isolation --no-deps --force-reinstall .
@@ -99,7 +111,7 @@ $(STATE)/settings: $(STATE)/torch FORCE
 $(STATE)/package: $(STATE)/torch $(STATE)/settings $(SOURCES)
 	$(INSTALL)
 	@cd tests && $(PY) -m lsoftmax
-	@touch $@
+	@($(or $(INSTALLED),true)) > $@
 
 install: $(STATE)/package
 

@@ -32,6 +32,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = {(8, 0), (9, 0), (10, 0), (12, 0)}
 HOPPER = (9, 0)
+DATACENTRE = (10, 0)  # whose PTX 11.0 runs, which is older than that of 12.0
 
 
 def load(path: Path) -> ModuleType:
@@ -99,9 +100,31 @@ def choose_archs(list_gpu_arch: str, gpus: set[tuple[int, int]]) -> str:
     portable = archs - specific
     names = {arch: f"{arch[0]}.{arch[1]}" for arch in sorted(archs)}
     names |= {arch: f"{names[arch]}a" for arch in specific}
-    if portable:
-        names[max(portable)] += "+PTX"
+    with_ptx = {max(portable, default=HOPPER)} | (set() if gpus else {DATACENTRE})
+    for arch in with_ptx & portable:
+        names[arch] += "+PTX"
     return ";".join(names.values())
+
+
+def with_hopper(archs: str) -> str:
+    """The list with 9.0a for 9.0: the same GPUs, with the matrix instructions that they have."""
+    return re.sub(r"(?<![\d.])9\.0(?![\da-z+])", "9.0a", archs)
+
+
+def as_built(cpp_extension: Any) -> str:
+    """TORCH_CUDA_ARCH_LIST as torch understands it, in which "Hopper" is a number."""
+    asked = os.environ["TORCH_CUDA_ARCH_LIST"]
+    try:
+        flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    except (ValueError, IndexError) as error:
+        raise SystemExit(
+            "lsoftmax: TORCH_CUDA_ARCH_LIST: expected compute capabilities such as '8.0;9.0a', "
+            f"got {asked!r}: {error}"
+        ) from None
+    ptx = set(re.findall(r"code=compute_(\d+[a-z]?)", flags))
+    archs = dict.fromkeys(re.findall(r"arch=compute_(\d+[a-z]?)", flags))
+    names = {arch: re.sub(r"^(\d+)(\d)", r"\1.\2", arch) for arch in archs}
+    return ";".join(name + ("+PTX" if arch in ptx else "") for arch, name in names.items())
 
 
 def compile_flags(torch_includes: list[str]) -> dict[str, list[str]]:
@@ -129,6 +152,7 @@ def with_kernels() -> dict[str, Any]:
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "") in ("", "native"):
         gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         os.environ["TORCH_CUDA_ARCH_LIST"] = choose_archs(ask(nvcc, "--list-gpu-arch"), gpus)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = with_hopper(os.environ["TORCH_CUDA_ARCH_LIST"])
     os.environ["CUDA_HOME"] = str(home)  # torch reads it when cpp_extension is imported
     from torch.utils import cpp_extension
 
@@ -136,7 +160,7 @@ def with_kernels() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "nvcc": release,
-        "archs": os.environ["TORCH_CUDA_ARCH_LIST"],
+        "archs": as_built(cpp_extension),
         "cxx": ask(
             *shlex.split(cpp_extension.get_cxx_compiler()),
             "--version",
@@ -154,7 +178,8 @@ def with_kernels() -> dict[str, Any]:
                 super().run()
             except Exception:
                 say(
-                    "lsoftmax: compiling failed. No memory: MAX_JOBS=1. No kernels: LSOFTMAX_CUDA=0"
+                    "lsoftmax: compiling failed, the first error above says why. Where memory ran "
+                    "out: MAX_JOBS=1. To do without kernels: LSOFTMAX_CUDA=0"
                 )
                 raise
             write_build_info(Path(self.get_ext_fullpath("lsoftmax._C")).parent, **facts)

@@ -1,5 +1,8 @@
 """Large-Margin Softmax (Liu, Wen, Yu, Yang, ICML 2016) for PyTorch, with CUDA kernels."""
 
+import importlib
+from types import ModuleType
+
 from . import _extension, functional, reference
 from . import ops as ops
 from . import ops_shard as ops_shard
@@ -10,6 +13,7 @@ from .published import from_published
 from .schedule import LambdaSchedule
 
 __version__ = "0.1.0"
+_LATER = ("distributed", "metric_learning", "plots")  # what they import is large, or not everywhere
 __all__ = [
     "LSoftmaxLinear",
     "LSoftmaxLoss",
@@ -22,6 +26,14 @@ __all__ = [
     "margin_stats",
     "reference",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The modules that are imported where they are used."""
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # After ops, which registers the ops that the kernels implement.
 _extension.load()

@@ -23,7 +23,7 @@ from . import _extension
 from ._toolkit import MIN_CAPABILITY, NoKernelsError, find_toolkit
 
 NO_KERNEL_IMAGE = 'CUDA says "no kernel image is available"'
-REBUILD = "LSOFTMAX_CUDA=1 pip install --force-reinstall --no-deps . (in lsoftmax's source tree)"
+REBUILD = f"LSOFTMAX_CUDA=1 {_extension.INSTALL} (in its source tree; else lsoftmax for the dot)"
 
 
 def output_of(*command: str) -> str:
@@ -88,14 +88,21 @@ def advice(status: _extension.Status, driver: str, no_toolkit: str) -> list[str]
         todo.append(f"torch sees no GPU ({why}).")
     for i in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(i)
-        if not status.loaded or covers(status.archs, capability):
+        if not status.loaded:
+            continue
+        if covers(status.archs, capability):
+            if capability == (9, 0) and "9.0a" not in status.archs:
+                todo.append(
+                    f"The kernels, for {status.archs}, leave out the matrix instructions of GPU {i}"
+                    f" (bfloat16 is slower): TORCH_CUDA_ARCH_LIST=9.0a {REBUILD}."
+                )
             continue
         arch = f"{capability[0]}.{capability[1]}"
         fault = f"GPU {i} is of compute capability {arch}, the kernels are for {status.archs}"
         if capability < MIN_CAPABILITY:
             todo.append(
                 f"{fault}, never for less than 8.0 ({NO_KERNEL_IMAGE}). Use the CPU, or plain "
-                "PyTorch: LSOFTMAX_CUDA=0 pip install --force-reinstall --no-deps ."
+                f"PyTorch: LSOFTMAX_CUDA=0 {_extension.INSTALL}"
             )
         else:
             arch += "a" if arch == "9.0" else ""  # with Hopper's matrix instructions
@@ -177,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lsoftmax", description="Reports what is installed, built and visible."
     )
+    parser.add_argument("--version", action="version", version=lsoftmax.__version__)
     commands = parser.add_subparsers(dest="command")
     pictures = commands.add_parser(
         "plot", help="draw what the loss does", description="Draws what the loss does."

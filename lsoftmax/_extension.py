@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 
-_REINSTALL = "Reinstall lsoftmax under this torch: pip install --force-reinstall --no-deps ."
+# With `lsoftmax` for the dot it does for who has no source tree: pip keeps the wheel that it has
+# once made of an index's sources, whatever torch it was for.
+INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary lsoftmax ."
+_REINSTALL = f"Reinstall lsoftmax under this torch: {INSTALL}"
 
 
 @dataclass(frozen=True)

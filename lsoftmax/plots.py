@@ -32,19 +32,19 @@ def name_of(margin: int) -> str:
     return "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
 
 
-def format_of(path: Path) -> str:
+def format_of(path: Path | str) -> str:
     """What a picture of this name is saved as: "png", "pdf" or "svg".
 
     Raises:
         ValueError: the name ends otherwise.
     """
-    ending = path.suffix.lower().removeprefix(".")
+    ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in ("png", "pdf", "svg"):
         raise ValueError(f"{path}: expected a name that ends in .png, .pdf or .svg")
     return ending
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path | str) -> None:
     """Write a picture, whole or not at all.
 
     Args:
@@ -55,7 +55,7 @@ def save(figure: Figure, path: Path) -> None:
         OSError: it cannot be written.
         ValueError: its name has no ending of a picture, see ``format_of``.
     """
-    buffer = io.BytesIO()
+    buffer, path = io.BytesIO(), Path(path)
     figure.savefig(buffer, format=format_of(path), bbox_inches="tight")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

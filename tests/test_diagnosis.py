@@ -67,8 +67,9 @@ class Case:
     warns: bool = False
 
 
-REBUILD = "LSOFTMAX_CUDA=1 pip install --force-reinstall --no-deps ."
-REINSTALL = "Reinstall lsoftmax under this torch: pip install --force-reinstall --no-deps ."
+INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary lsoftmax ."
+REBUILD = f"LSOFTMAX_CUDA=1 {INSTALL}"
+REINSTALL = f"Reinstall lsoftmax under this torch: {INSTALL}"
 CASES = [
     Case("nothing", Machine(), ["kernels    loaded", "Nothing to do."]),
     Case(
@@ -168,6 +169,11 @@ CASES = [
         "no kernel image for Hopper",
         Machine({**BUILT, "archs": "8.0"}, gpus=[(9, 0)]),
         [f"TORCH_CUDA_ARCH_LIST=9.0a {REBUILD}"],
+    ),
+    Case(
+        "kernels for Hopper without its instructions",
+        Machine({**BUILT, "archs": "8.0;9.0+PTX"}, gpus=[(9, 0)]),
+        ["for 8.0;9.0+PTX, leave out the matrix", f"TORCH_CUDA_ARCH_LIST=9.0a {REBUILD}"],
     ),
     Case(
         "a GPU that is too old",
