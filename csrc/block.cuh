@@ -21,6 +21,13 @@ inline int threads_for(int64_t elements) {
   return threads;
 }
 
+// Where one block, or few, load number by number: one a thread, so that no load waits for another.
+inline int threads_for_each(int64_t numbers) {
+  int threads = kWarp;
+  while (threads < kMaxThreads && threads < numbers) threads *= 2;
+  return threads;
+}
+
 // cudaLaunchKernelEx rather than <<<>>>: the same launch compiles as host C++.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t stream,

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -113,14 +114,19 @@ inline Tensor allocate(const char* what, at::IntArrayRef sizes, at::TensorOption
   try {
     return at::empty(sizes, options);
   } catch (const c10::Error& error) {
+    // A fault of an earlier kernel may come to light here, too.
+    const char* const words = error.what_without_backtrace();
+    if (dynamic_cast<const c10::OutOfMemoryError*>(&error) == nullptr &&
+        std::strstr(words, "can't allocate memory") == nullptr) {
+      throw;
+    }
     const double bytes = static_cast<double>(c10::multiply_integers(sizes)) *
                          static_cast<double>(options.dtype().itemsize());
     const auto budget = static_cast<int64_t>(std::max(1.0, bytes / 4));
     TORCH_CHECK_WITH(OutOfMemoryError, false, "lsoftmax: no memory for ", what, ": ",
                      static_cast<int64_t>(bytes), " bytes, shape ", sizes, ", ", options.dtype(),
                      ". Try memory_budget=", budget,
-                     " or less, to compute the loss in smaller chunks. (",
-                     error.what_without_backtrace(), ")");
+                     " or less, to compute the loss in smaller chunks. (", words, ")");
   }
 }
 
@@ -156,6 +162,7 @@ inline void finish_gradients(const Tensor& x, const Tensor& w, const Tensor& tar
                              const Shares& shares, const Tensor& product, const Tensor& dx,
                              const Tensor& dw, int64_t first_class, bool wide,
                              cudaStream_t stream) {
+  if (!dx.defined() && !dw.defined()) return;
   const auto finish = [&](auto zero, auto is_wide) {
     using T = decltype(zero);
     using Params = FinishGradients<T, decltype(is_wide)::value>;

@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input,
   Tensor dx, dw;
   const Tensor none = at::empty({0}, input.options());
   if (n == 0) {
-    return {need_input ? at::empty_like(input) : none,
-            need_weight ? at::zeros_like(linear_weight) : none};
+    return {need_input ? at::empty(input.sizes(), input.options()) : none,
+            need_weight ? at::zeros(linear_weight.sizes(), linear_weight.options()) : none};
   }
   const Tensor x = input.contiguous(), w = linear_weight.contiguous(), y = target.contiguous();
   const Tensor g = grad.contiguous();

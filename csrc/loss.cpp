@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
               "e: expected ", e_rows, " rows of at least ", c, ", got ", e.sizes());
   Tensor dx, dw;
   if (n == 0) {
-    if (need_input) dx = at::empty_like(input);
-    if (need_weight) dw = at::zeros_like(linear_weight);
+    if (need_input) dx = at::empty(input.sizes(), input.options());
+    if (need_weight) dw = at::zeros(linear_weight.sizes(), linear_weight.options());
   } else {
     const Upstream upstream =
         backward_rows(loss, grad.contiguous(), divisor, rows, need_weight, scope.stream);

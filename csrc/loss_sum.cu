@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_sum_kernel(LossSum<Acc> p) {
 
 template <typename Acc>
 cudaError_t launch_loss_sum(const LossSum<Acc>& params, cudaStream_t stream) {
-  return launch(loss_sum_kernel<Acc>, 1, threads_for(params.n), stream, params);
+  return launch(loss_sum_kernel<Acc>, 1, threads_for_each(params.n), stream, params);
 }
 
 template cudaError_t launch_loss_sum(const LossSum<float>&, cudaStream_t);

@@ -14,8 +14,19 @@ struct AddCounts {
 __device__ inline void write_order(int64_t* order, const int64_t* target, int64_t n, int64_t i) {
   const int64_t y = target[i];
   int before = 0;
-  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) {
-    before += target[k] < y || (target[k] == y && k < i) ? 1 : 0;
+  constexpr int kInFlight = 4;
+  for (int64_t first = threadIdx.x; first < n; first += int64_t{kInFlight} * blockDim.x) {
+    int64_t others[kInFlight];
+#pragma unroll
+    for (int m = 0; m < kInFlight; ++m) {
+      const int64_t k = first + int64_t{m} * blockDim.x;
+      if (k < n) others[m] = target[k];
+    }
+#pragma unroll
+    for (int m = 0; m < kInFlight; ++m) {
+      const int64_t k = first + int64_t{m} * blockDim.x;
+      if (k < n) before += others[m] < y || (others[m] == y && k < i) ? 1 : 0;
+    }
   }
   before = block_reduce(before, AddCounts{});
   if (threadIdx.x == 0) order[before] = i;

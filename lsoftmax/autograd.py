@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops as ops  # defines what follows
+from .checks import is_transformed
 from .plan import Plan
 
 # Overloads: to look one up at each call would take as long as the call.
@@ -78,6 +79,14 @@ class _Loss(torch.autograd.Function):
         return _gradients(ctx, dx, dw, *saved[:2])
 
 
+def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their product, rounded to the type without an array in between, which may be of C x D."""
+    if gradient.dtype == dtype or is_transformed():
+        return (gradient * grad).to(dtype)
+    with torch.no_grad():  # out= has no gradient; ``once`` says so of this one
+        return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))
+
+
 class _LossAndGradients(torch.autograd.Function):
     """loss_and_gradients: backward only scales what forward has formed, and keeps it as it was."""
 
@@ -93,7 +102,7 @@ class _LossAndGradients(torch.autograd.Function):
         if grad is None:
             return _no_gradients(ctx)
         input, linear_weight, dx, dw = ctx.saved_tensors
-        dx, dw = (dx * grad).to(input.dtype), (dw * grad).to(linear_weight.dtype)
+        dx, dw = _scaled(dx, grad, input.dtype), _scaled(dw, grad, linear_weight.dtype)
         return _gradients(ctx, dx, dw, input, linear_weight)
 
 

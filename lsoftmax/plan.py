@@ -185,12 +185,15 @@ def _free_cuda_memory(device: torch.device) -> int:
     if torch.cuda.is_current_stream_capturing():
         half = torch.cuda.get_device_properties(device).total_memory // 2
         return _last_free.get(device, half)
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
     try:
         # Once: memory_reserved and memory_allocated would each flatten and sort all of this.
         stats = torch.cuda.memory_stats_as_nested_dict(device)
-        reserved, allocated = (stats[f"{kind}_bytes"]["all"] for kind in ("reserved", "allocated"))
-        free += reserved["current"] - allocated["current"]
+        reserved, allocated = (
+            stats[f"{kind}_bytes"]["all"]["current"] for kind in ("reserved", "allocated")
+        )
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        free = max(0, min(free, int(share * total) - reserved)) + reserved - allocated
     except RuntimeError:  # an allocator that is not torch's keeps no such books
         pass
     _last_free[device] = free

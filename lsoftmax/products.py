@@ -83,8 +83,9 @@ def recomputed(
     Each slice of dW is written once, in the type of ``linear_weight``.
     """
     x, num_classes = back.x, linear_weight.shape[0]
-    dx = torch.zeros_like(x) if need_input else None
-    dw = torch.empty_like(linear_weight) if need_weight else None
+    # Rows in memory one after the other, however the matrices lie: as the ops' fakes say.
+    dx = x.new_zeros(x.shape) if need_input else None
+    dw = linear_weight.new_empty(linear_weight.shape) if need_weight else None
     class_share = x.new_zeros(num_classes)
     class_share.index_add_(0, back.targets.clamp(min=0), back.weight_share)
     for classes, panel, z in panels(x, linear_weight, class_chunk):

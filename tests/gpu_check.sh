@@ -12,6 +12,10 @@ cd "$(dirname "$0")"
 failed=$folder/failed.txt
 : >"$failed"
 eval "pytest_args=(${PYTEST_ARGS:-})"  # with the quotes in it
+selection=()  # of them what says which tests, not how much pytest says
+for argument in "${pytest_args[@]}"; do
+  [[ $argument =~ ^(-[qv]+|--quiet|--verbose)$ ]] || selection+=("$argument")
+done
 
 # Interrupted rather than killed, pytest still says what it has found.
 limited() {
@@ -40,7 +44,7 @@ side() {
 }
 
 gpu_tests() {
-  limited 200 "$python" -m pytest --backend cuda "${pytest_args[@]}" "$@"
+  limited 200 "$python" -m pytest --backend cuda "$@"
 }
 
 sanitizer=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
@@ -85,10 +89,10 @@ for tool in memcheck synccheck; do
   side "$tool-hopper" sanitize "$tool" hopper
 done
 # Files with the most tests first.
-files=$(gpu_tests --collect-only -q | grep -o 'test_[a-z_]*\.py::' | uniq -c | sort -rn)
+files=$(gpu_tests "${selection[@]}" --collect-only -q | grep -o 'test_[a-z_]*\.py::' | uniq -c | sort -rn)
 [ -n "$files" ] || echo "no tests" >>"$failed"
 for file in $(cut -d: -f1 <<<"$files" | sed 's/.* //'); do
-  side "${file%.py}" gpu_tests "$file"
+  side "${file%.py}" gpu_tests "${pytest_args[@]}" "$file"
 done
 wait
 grep -q '^test_fused_forward,' "$failed" && export LSOFTMAX_FUSED_FORWARD=0  # nor the benchmarks

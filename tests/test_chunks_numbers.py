@@ -102,6 +102,8 @@ def test_more_than_2_31_logits(device: str, backend: str) -> None:
     """Kept whole, against float64 where its offsets are the largest, and against chunks."""
     if backend != "cuda":
         pytest.skip("16 GB of logits; test_emulation_engine.py has the kernels' offsets")
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("16 GB of logits, and others may be at work on this GPU")
     p = problem(4096, 64, 1_000_000, torch.float32, device)
     whole = run(p, IN_BUDGET, margin=4, lam=1.0, reduction="sum")
     last = Problem(p.x[-4:].detach().requires_grad_(), p.w, p.y[-4:])

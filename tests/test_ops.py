@@ -15,12 +15,16 @@ from lsoftmax.margin import accumulate_type
 from problems import problem, relative_error
 
 
-def samples(name: str, device: str, dtypes: Sequence[torch.dtype]) -> list[tuple]:
-    """Arguments of every op."""
+def samples(
+    name: str, device: str, dtypes: Sequence[torch.dtype], n: int = 6, by_column: bool = False
+) -> list[tuple]:
+    """Arguments of every op; ``by_column``: of matrices that lie in memory column by column."""
     out = []
     for dtype in dtypes:
-        p = problem(6, 5, 9, dtype, device)
+        p = problem(n, 5, 9, dtype, device)
         x, w = p.x.detach(), p.w.detach()
+        if by_column:
+            x, w = (matrix.t().contiguous().t() for matrix in (x, w))
         lam = torch.tensor(0.5, device=device)
         weight = torch.rand(9, dtype=accumulate_type(dtype)).to(device)
         for reduction, smoothing, save, chunk in (
@@ -65,6 +69,15 @@ def test_opcheck(name: str, device: str, backend: str) -> None:
         dtypes += (torch.float64, torch.float16)
     for args in samples(name, device, dtypes):
         torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("n", [0, 6])
+@pytest.mark.parametrize("name", OPS)
+def test_fakes_of_matrices_that_lie_by_column(name: str, n: int, device: str) -> None:
+    """Red if a gradient lies as its matrix does, where its fake, and what is compiled, say not."""
+    op = getattr(torch.ops.lsoftmax, name).default
+    for args in samples(name, device, (torch.float32,), n, by_column=True):
+        torch.library.opcheck(op, args, test_utils="test_faketensor")
 
 
 class Model(nn.Module):

@@ -54,19 +54,27 @@ def test_a_capture_goes_the_way_of_the_steps_before_it(monkeypatch: pytest.Monke
     device, gb = torch.device("cuda", 0), 1 << 30
     stats = {"reserved_bytes": {"all": {"current": 5 * gb}}}
     stats["allocated_bytes"] = {"all": {"current": 3 * gb}}
-    capturing = False
+    capturing, share = False, 1.0
     monkeypatch.setattr(planning, "_last_free", {})
     for name, value in {
         "is_available": lambda: True,
         "is_current_stream_capturing": lambda: capturing,
         "mem_get_info": lambda device: 1 / 0 if capturing else (50 * gb, 80 * gb),
         "memory_stats_as_nested_dict": lambda device: stats,
+        "get_per_process_memory_fraction": lambda device: share,
         "get_device_properties": lambda device: type("GPU", (), {"total_memory": 80 * gb}),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     capturing = True
     assert planning.free_memory(device) == 40 * gb  # nothing is known yet
     capturing = False
+    assert planning.free_memory(device) == 52 * gb
+    share = 0.25  # 20 GB, of which some are reserved
+    reserved = stats["reserved_bytes"]["all"]["current"]
+    assert planning.free_memory(device) == 22 * gb - reserved
+    share = reserved / (160 * gb)  # of what was reserved before, torch returns none
+    assert planning.free_memory(device) == 2 * gb
+    share = 1.0
     assert planning.free_memory(device) == 52 * gb
     capturing = True
     assert planning.free_memory(device) == 52 * gb
