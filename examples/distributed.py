@@ -10,6 +10,7 @@ and both results are printed. On GPUs where there is one for each process, else 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import shutil
@@ -210,7 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     together.train(args.checkpoints, shown=rank == 0)
     error, w = together.test_error(), together.class_vectors().cpu()
     dist.barrier()
-    dist.destroy_process_group()  # before one trains alone: the others would wait, and not for ever
+    # Before one trains alone: the others would wait, and not for ever. And no network may hold the
+    # group any more: gloo's threads, alive when Python ends, end the process with an abort.
+    del together
+    gc.collect()
+    dist.destroy_process_group()
     if rank == 0:
         print(f"{processes} processes: test error {error:.2f}%", flush=True)
         alone = Run(*settings, 0, 1)

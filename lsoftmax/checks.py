@@ -184,8 +184,8 @@ def check_constant(name: str, value: float | Tensor | None) -> None:
     """RuntimeError where a gradient is wanted of what has none, and None would come back."""
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name}: the loss has no gradient for it, pass {name}.detach(), or for a gradient of "
-            "lam take lsoftmax.reference"
+            f"{name}: expected a tensor that requires no gradient, which there is none of, got one "
+            f"that does: pass {name}.detach() (lsoftmax.reference has a gradient of lam)"
         )
 
 

@@ -111,7 +111,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         max_local_batch: int | None = None,
         averaged: bool = True,
         lam: LambdaSchedule | float | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
@@ -160,6 +160,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         """The loss; a training forward with gradients enabled advances the schedule by one step."""
         x, w = functional.autocast(input, self.linear.local())
         self._check(x, w, target)
+        checks.check_constant("weight", self.weight)
         size, needs_grad = self._agree(x)
         group, classes = self.process_group, self.linear.classes
         targets = gather_targets(target, size, classes, self.num_classes, self.ignore_index, group)

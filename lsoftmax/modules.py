@@ -156,6 +156,16 @@ class LSoftmaxLoss(_Annealed):
         self.label_smoothing = float(label_smoothing)
         self.memory_budget = budget
 
+    @property
+    def in_features(self) -> int:
+        """D, as of ``linear``."""
+        return self.linear.in_features
+
+    @property
+    def num_classes(self) -> int:
+        """C, as of ``linear``."""
+        return self.linear.out_features
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss; a training forward with gradients enabled advances the schedule by one step."""
         lam, trains = self._begin_forward()

@@ -83,7 +83,7 @@ def lsoftmax_loss(
     *,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of the margin logits of :func:`lsoftmax_linear` (paper, equation 4).
@@ -101,6 +101,7 @@ def lsoftmax_loss(
         The loss, float32 (float64 for float64 input): a scalar, or the shape of ``target`` for
         ``reduction="none"``.
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
     kept = torch.where(target == ignore_index, 0, target)
     if input.dtype in (torch.float16, torch.bfloat16):
         input, linear_weight = input.float(), linear_weight.float()

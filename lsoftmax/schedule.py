@@ -160,6 +160,7 @@ class LambdaSchedule(nn.Module):
         From 1000 its curve is at ``minimum`` within some fifty steps; from then on ``keep`` alone
         decides. Arguments and errors are those of :class:`LambdaSchedule`.
         """
+        keep = check_number("keep", keep)  # without it there is no angle to go by
         return cls(_BASE, 1.0, 2.0, minimum, keep=keep, auto_step=auto_step)
 
     @property
@@ -170,7 +171,11 @@ class LambdaSchedule(nn.Module):
     def value(self, step: int) -> float:
         """The curve after ``step`` training steps, as a Python float: for plots and logs. lam is
         this, or with ``keep`` at least this.
+
+        Raises:
+            TypeError, ValueError: ``step`` is no number >= 0.
         """
+        check_number("step", step)
         return max(self.minimum, self.base * (1 + self.gamma * step) ** -self.power)
 
     def upcoming(self) -> Tensor:
@@ -286,7 +291,7 @@ class LambdaSchedule(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Back to before the first step, in place; a schedule made on the meta device begins here."""
+        """Back to before the first step, in place; one made on the meta device begins here."""
         for name, number in self.beginning(self.lam.device).items():
             getattr(self, name).copy_(number)
         self._has_no_numbers = self.lam.is_meta

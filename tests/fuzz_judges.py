@@ -28,7 +28,7 @@ def modest(*values: Any) -> bool:
 
 def kept_weight(a: dict[str, Any]) -> bool:
     """Whether a mean has anything to divide by."""
-    kept = a["target"] != a["ignore_index"]
+    kept = a["target"] != (-100 if a["ignore_index"] is None else a["ignore_index"])
     if a["weight"] is None:
         return bool(kept.any())
     return bool(kept.any()) and bool(a["weight"].double()[a["target"][kept]].sum() > 0)

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 import distributed_state_checks as states
 from distributed_run import assert_close, launch
+from lsoftmax import LSoftmaxLoss
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss
 
 EVERYWHERE = (
@@ -100,6 +101,35 @@ def test_processes_together_on_the_kernels(
     checks += ("distributed_checks:float32_and_bfloat16",)
     results = launch(3, checks, tmp_path, request.config.getoption("--seed"), emulated=True)
     assert results == [dict.fromkeys(checks, "passed")] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_of_its_own_is_the_layer(dtype: torch.dtype, device: str) -> None:
+    """On a GPU by NCCL and the kernels of shards, which no other test meets there."""
+    nccl = torch.device(device).type == "cuda"
+    if nccl and not dist.is_nccl_available():
+        pytest.skip("this torch has no NCCL")
+    store = dist.HashStore()
+    dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=0, world_size=1)
+    try:
+        options = {"margin": 3, "lam": 0.5, "label_smoothing": 0.1, "device": device}
+        head = ClassParallelLSoftmaxLoss(24, 37, dtype=dtype, **options)
+        layer = LSoftmaxLoss(24, 37, dtype=dtype, **options)
+        head.load_state_dict(layer.state_dict())
+        x, y = torch.randn(19, 24).to(device, dtype), torch.randint(37, (19,)).to(device)
+        results = []
+        for module, weight in ((head, head.linear.weight), (layer, layer.linear.weight)):
+            rows = x.clone().requires_grad_()
+            loss = module(rows, y)
+            loss.backward()
+            grad = weight.grad.to_local() if hasattr(weight.grad, "to_local") else weight.grad
+            results.append((loss.detach(), rows.grad, grad))
+    finally:
+        dist.destroy_process_group()
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.any()
+        bound = 1e-5 if dtype == torch.float32 or ours.dim() == 0 else 1e-2
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound * theirs.abs().max().item())
 
 
 def test_a_single_class_is_certain_without_a_word() -> None:

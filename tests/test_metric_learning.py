@@ -254,7 +254,7 @@ def test_wrong_calls() -> None:
 
 def test_only_this_module_imports_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in Path(lsoftmax.__file__).parent.glob("*.py"):
-        assert path.stem == "metric_learning" or "metric_learning" not in path.read_text()
+        assert path.stem == "metric_learning" or "pytorch_metric_learning" not in path.read_text()
     monkeypatch.delitem(sys.modules, "lsoftmax.metric_learning")
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)  # as if not installed
     with pytest.raises(ModuleNotFoundError, match="pip install pytorch-metric-learning"):

@@ -226,6 +226,7 @@ def test_new_class_vectors_begin_annealing() -> None:
 
 def test_what_torchs_layers_may_be_told() -> None:
     loss = LSoftmaxLoss(6, 5, ignore_index=None, bias=False)
+    assert (loss.in_features, loss.num_classes) == (6, 5)
     assert loss.ignore_index == -100
     assert loss.linear.bias is None
     assert LSoftmaxLinear(6, 5, bias=False).bias is None
