@@ -25,8 +25,8 @@ ifneq ($(findstring $(space),$(CURDIR)$(VENV)$(PYTHON)),)
 $(error make cannot do with a space in a path: $(CURDIR), VENV=$(VENV), PYTHON=$(PYTHON); pip install . can)
 endif
 
-# What was done in an environment is remembered by empty files: in .venv itself, so that they go
-# when it goes; for somebody else's environment in build/.
+# What was done in an environment is remembered by files: in .venv itself, so that they go when it
+# goes; for somebody else's environment in build/.
 ifeq ($(PYTHON),)
 PY := $(abspath $(VENV))/bin/python
 STATE := $(VENV)/state
@@ -37,8 +37,10 @@ $(if $(PY),,$(error PYTHON=$(PYTHON) is not there))
 # Somebody else may have installed another package there since, or removed this one.
 INSTALLED := cd / && $(PY) -c 'import importlib.util as u, os; s = u.find_spec("lsoftmax"); \
 	print(s.origin, os.stat(s.origin).st_mtime_ns) if s else print("none")'
+ifneq ($(filter-out help clean,$(MAKECMDGOALS)),)
 ifneq ($(shell $(INSTALLED)),$(shell cat $(STATE)/package 2>/dev/null))
 $(shell rm -f $(STATE)/package)
+endif
 endif
 endif
 PIP := $(PY) -m pip --disable-pip-version-check

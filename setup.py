@@ -107,8 +107,10 @@ def choose_archs(list_gpu_arch: str, gpus: set[tuple[int, int]]) -> str:
 
 
 def with_hopper(archs: str) -> str:
-    """The list with 9.0a for 9.0: the same GPUs, with the matrix instructions that they have."""
-    return re.sub(r"(?<![\d.])9\.0(?![\da-z+])", "9.0a", archs)
+    """The list with 9.0a for 9.0: the same GPUs, with the matrix instructions that they have. One
+    with PTX stays as it is, for that of 9.0a runs nowhere else.
+    """
+    return re.sub(r"(?<![\d.])9\.0(?![\da-z+])|Hopper(?![\w+])", "9.0a", archs)
 
 
 def as_built(cpp_extension: Any) -> str:

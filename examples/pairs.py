@@ -27,6 +27,7 @@ LFW_PIXELS = 64
 
 OMNIGLOT_SOURCE = "https://github.com/brendenlake/omniglot/tree/master/python"
 FOLDS, PAIRS = 10, 300  # of each kind in a fold, as LFW has them
+DRAWINGS = 20  # of each character of Omniglot
 
 
 @dataclass(frozen=True)
@@ -192,14 +193,14 @@ def _read_drawings(folder: Path) -> tuple[np.ndarray, list[int]]:
     return np.stack(drawings), [alphabets.index(path.parent) for path in characters]
 
 
-def _packed_pairs(rows: np.ndarray, drawings: int = 20) -> Pairs:
+def _packed_pairs(rows: np.ndarray) -> Pairs:
     """From rows of fold, same, and character and drawing of each side."""
     fold, same, *sides = torch.from_numpy(rows.astype(np.int64)).T
-    left, right = (sides[i] * drawings + sides[i + 1] for i in (0, 2))
+    left, right = (sides[i] * DRAWINGS + sides[i + 1] for i in (0, 2))
     return Pairs(left, right, same.bool(), fold)
 
 
-def draw_pairs(alphabets: Iterable[int], drawings: int = 20, seed: int = 0) -> Pairs:
+def draw_pairs(alphabets: Iterable[int], seed: int = 0) -> Pairs:
     """Ten folds of pairs of drawings of one character, and of two characters of one alphabet.
 
     No pair is there twice, and no character in two folds: a threshold is tested on characters that
@@ -218,19 +219,19 @@ def draw_pairs(alphabets: Iterable[int], drawings: int = 20, seed: int = 0) -> P
         accompanied = [c for c in own if len(others[c])]
         if not accompanied:
             raise ValueError(
-                f"alphabets: expected {2 * FOLDS} characters of each or more, got {len(alphabet)} "
-                f"in all, {alphabet.tolist().count(alphabet[0])} of the first"
+                f"alphabets: expected so many characters that each of {FOLDS} folds has two of one "
+                f"alphabet, got {len(alphabet)}"
             )
         for same in (1, 0):
             end = len(rows) + PAIRS
             while len(rows) < end:
                 if same:
                     first = second = rng.choice(own)
-                    i, j = rng.choice(drawings, 2, replace=False)
+                    i, j = rng.choice(DRAWINGS, 2, replace=False)
                 else:
                     first = rng.choice(accompanied)
                     second = rng.choice(others[first])
-                    i, j = rng.integers(drawings, size=2)
+                    i, j = rng.integers(DRAWINGS, size=2)
                 left, right = sorted([(first, i), (second, j)])
                 rows[(fold, same, *left, *right)] = None
-    return _packed_pairs(np.array(list(rows)), drawings)
+    return _packed_pairs(np.array(list(rows)))

@@ -103,8 +103,11 @@ def spread(runs: Iterable[dict[str, Any]], name: str) -> str:
     values = [run[name] for run in runs]
     if not values:
         return "-"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+    return f"{statistics.mean(values):.1f} ± {deviation(values):.1f}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def setting(cell: Cell) -> str:
@@ -259,8 +262,8 @@ def plot_figures(results: Results) -> Figure:
                 continue
             axes.errorbar(
                 *(statistics.mean(angle), statistics.mean(error)),
-                xerr=statistics.stdev(angle),
-                yerr=statistics.stdev(error),
+                xerr=deviation(angle),
+                yerr=deviation(error),
                 fmt="*" if name == "softmax" else "o",
                 ms=11 if name == "softmax" else 6,
                 color="black" if name == "softmax" else f"C{index}",

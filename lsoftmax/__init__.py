@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import _extension, functional, reference
 from . import ops as ops
@@ -27,12 +28,17 @@ __all__ = [
     "reference",
 ]
 
+if TYPE_CHECKING:
+    from . import distributed as distributed
+    from . import metric_learning as metric_learning
+    from . import plots as plots
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    """The modules that are imported where they are used."""
-    if name in _LATER:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> ModuleType:
+        """The modules that are imported where they are used. (So hasattr() of one imports it.)"""
+        if name in _LATER:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # After ops, which registers the ops that the kernels implement.

@@ -93,8 +93,8 @@ def advice(status: _extension.Status, driver: str, no_toolkit: str) -> list[str]
         if covers(status.archs, capability):
             if capability == (9, 0) and "9.0a" not in status.archs:
                 todo.append(
-                    f"The kernels, for {status.archs}, leave out the matrix instructions of GPU {i}"
-                    f" (bfloat16 is slower): TORCH_CUDA_ARCH_LIST=9.0a {REBUILD}."
+                    f"The kernels, for {status.archs}, leave out Hopper's matrix instructions "
+                    f"(bfloat16 is slower): TORCH_CUDA_ARCH_LIST=9.0a {REBUILD}."
                 )
             continue
         arch = f"{capability[0]}.{capability[1]}"
@@ -107,7 +107,7 @@ def advice(status: _extension.Status, driver: str, no_toolkit: str) -> list[str]
         else:
             arch += "a" if arch == "9.0" else ""  # with Hopper's matrix instructions
             todo.append(f"{fault} ({NO_KERNEL_IMAGE}): TORCH_CUDA_ARCH_LIST={arch} {REBUILD}.")
-    return todo
+    return list(dict.fromkeys(todo))
 
 
 def report() -> None:

@@ -80,8 +80,9 @@ class _Loss(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Their product, rounded to the type without an array in between, which may be of C x D."""
-    if gradient.dtype == dtype or is_transformed():
+    """Their product, rounded to the type; on a GPU without an array in between, of C x D maybe."""
+    batched = is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    if gradient.dtype == dtype or batched or torch.compiler.is_compiling():
         return (gradient * grad).to(dtype)
     with torch.no_grad():  # out= has no gradient; ``once`` says so of this one
         return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))

@@ -175,17 +175,23 @@ def lam_tensor(lam: float | Tensor, input: Tensor) -> Tensor:
         raise TypeError(f"lam: expected a number or a 0-dim float tensor, got {kind(lam)}")
     check_dense("lam", lam)
     check_device("lam", lam, input)
+    if is_transformed():
+        return lam.to(torch.float32)
     if lam.requires_grad or lam.dtype != torch.float32:
         return lam.detach().to(torch.float32)
     return lam
 
 
 def check_constant(name: str, value: float | Tensor | None) -> None:
-    """RuntimeError where a gradient is wanted of what has none, and None would come back."""
-    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+    """RuntimeError where a gradient is wanted of what has none, and None would come back. (The
+    reference, which runs under a transform, has one of lam.)
+    """
+    wanted = isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+    if wanted and not is_transformed():
+        hint = " (lsoftmax.reference has one of lam)" if name == "lam" else ""
         raise RuntimeError(
             f"{name}: expected a tensor that requires no gradient, which there is none of, got one "
-            f"that does: pass {name}.detach() (lsoftmax.reference has a gradient of lam)"
+            f"that does: pass {name}.detach(){hint}"
         )
 
 

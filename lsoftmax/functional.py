@@ -89,7 +89,8 @@ def lsoftmax_loss(
             or, without asking, 64 MB or a 256th of a GPU. Where it is not enough, or a CPU is
             faster so, the loss is computed in chunks (:func:`lsoftmax.functional.plan` says how).
             The last bits of the result depend on the chunks: give a budget where they must repeat
-            on a machine with other things to do.
+            on a machine with other things to do. ``torch.export`` chooses by a budget only, which
+            binds the program to numbers of rows; without, nothing is in chunks.
 
     Returns:
         The loss, float32 (float64 for float64 input): scalar, or the shape of ``target`` for

@@ -192,8 +192,10 @@ def _free_cuda_memory(device: torch.device) -> int:
         reserved, allocated = (
             stats[f"{kind}_bytes"]["all"]["current"] for kind in ("reserved", "allocated")
         )
-        share = torch.cuda.get_per_process_memory_fraction(device)
-        free = max(0, min(free, int(share * total) - reserved)) + reserved - allocated
+        free += reserved - allocated
+        index = torch.cuda.current_device() if device.index is None else device.index
+        allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
+        free = max(reserved - allocated, min(free, allowed - allocated))
     except RuntimeError:  # an allocator that is not torch's keeps no such books
         pass
     _last_free[device] = free

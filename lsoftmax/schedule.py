@@ -168,15 +168,15 @@ class LambdaSchedule(nn.Module):
         """Whether lam never changes."""
         return self.keep is None and (self.gamma == 0 or self.power == 0)
 
-    def value(self, step: int) -> float:
+    def value(self, step: int | Tensor) -> float:
         """The curve after ``step`` training steps, as a Python float: for plots and logs. lam is
         this, or with ``keep`` at least this.
 
         Raises:
             TypeError, ValueError: ``step`` is no number >= 0.
         """
-        check_number("step", step)
-        return max(self.minimum, self.base * (1 + self.gamma * step) ** -self.power)
+        taken = check_number("step", step.item() if isinstance(step, Tensor) else step)
+        return max(self.minimum, self.base * (1 + self.gamma * taken) ** -self.power)
 
     def upcoming(self) -> Tensor:
         """lam of the next training step, a 0-dim float32 tensor; changes nothing."""
@@ -283,10 +283,14 @@ class LambdaSchedule(nn.Module):
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         if before["lam"].is_meta and not self.lam.is_meta:  # there are none to move
-            self.reset_parameters()
-            return self
+            before = self.beginning(self.lam.device)
+            self._has_no_numbers = False
         for name, number in before.items():
-            setattr(self, name, number.to(getattr(self, name).device))
+            now = getattr(self, name)
+            if now.dtype != number.dtype:
+                setattr(self, name, number.to(now.device))
+            elif now is not number:
+                now.copy_(number)
         self._has_no_numbers |= self.lam.is_meta
         return self
 

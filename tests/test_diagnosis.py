@@ -173,7 +173,7 @@ CASES = [
     Case(
         "kernels for Hopper without its instructions",
         Machine({**BUILT, "archs": "8.0;9.0+PTX"}, gpus=[(9, 0)]),
-        ["for 8.0;9.0+PTX, leave out the matrix", f"TORCH_CUDA_ARCH_LIST=9.0a {REBUILD}"],
+        ["for 8.0;9.0+PTX, leave out Hopper's", f"TORCH_CUDA_ARCH_LIST=9.0a {REBUILD}"],
     ),
     Case(
         "a GPU that is too old",

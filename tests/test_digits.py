@@ -87,6 +87,26 @@ def test_gradients_formed_in_forward_are_scaled(dtype: torch.dtype, device: str)
             assert relative_error(gradient, factor * true) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_batches_of_upstream_gradients(dtype: torch.dtype, device: str) -> None:
+    """Red if what rounds 16-bit gradients formed in forward has no rule for vmap: each is that of
+    an upstream gradient alone, which is rounded once.
+    """
+    p = problem(600, 8, 500, dtype, device)
+    plan = functional.plan(p.x, p.w, memory_budget=900_000)
+    loss = functional.lsoftmax_loss(p.x, p.w, p.y, 3, 0.5, memory_budget=900_000)
+    if device == "cpu":
+        assert plan.row_chunk
+    upstream = torch.tensor([0.3, 1.0, -7.0], device=device)
+    several = torch.autograd.grad(
+        loss, (p.x, p.w), upstream, retain_graph=True, is_grads_batched=True
+    )
+    for one in range(3):
+        alone = torch.autograd.grad(loss, (p.x, p.w), upstream[one], retain_graph=True)
+        for batch, gradient in zip(several, alone, strict=True):
+            assert torch.equal(batch[one], gradient)
+
+
 def test_smoothing_of_long_features(device: str) -> None:
     """More features, and rows, than a warp has lanes: the constant part is summed by a block."""
     options = {"margin": 2, "lam": 0.5, "label_smoothing": 0.2}

@@ -73,7 +73,7 @@ def test_archs(nvcc, gpus, archs):
         ("9.0", "9.0a"),
         ("8.0;9.0 10.0", "8.0;9.0a 10.0"),
         ("9.0a;9.0+PTX;19.0", "9.0a;9.0+PTX;19.0"),
-        ("Hopper", "Hopper"),
+        ("Ampere;Hopper", "Ampere;9.0a"),
     ],
 )
 def test_hopper_is_given_its_instructions(archs, told):

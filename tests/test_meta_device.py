@@ -184,6 +184,16 @@ def test_a_constant_needs_no_numbers(made) -> None:
 
 
 @pytest.mark.parametrize("schedule", [curve, held, constant])
+def test_made_empty_in_another_type(schedule) -> None:
+    head = given_meta(schedule())
+    head._apply(lambda t: torch.full_like(t, 7, device="cpu", dtype=torch.float16))
+    fresh = schedule()
+    for name, number in head.schedule.named_buffers():
+        assert number.dtype == getattr(fresh, name).dtype
+        assert torch.equal(number, getattr(fresh, name))
+
+
+@pytest.mark.parametrize("schedule", [curve, held, constant])
 def test_a_real_layer_made_empty_keeps_its_numbers(schedule, monkeypatch) -> None:
     """Red if lam is whatever was in the memory: torch fills it with NaN, asked to be repeatable."""
     head = trained(LSoftmaxLoss, schedule(), steps=3)

@@ -35,6 +35,19 @@ def test_grad_is_backward(function, p: Problem) -> None:
     assert_close(dw, truth[1])
 
 
+def test_lam_has_a_gradient_under_a_transform(p: Problem) -> None:
+    """Red if it is 0: without a transform it is refused."""
+
+    def loss(lam: Tensor) -> Tensor:
+        return functional.lsoftmax_loss(p.x.detach(), p.w.detach(), p.y, 3, lam)
+
+    lam = torch.tensor(0.7, device=p.x.device)
+    found, step = grad(loss)(lam), 1e-3
+    assert found != 0
+    slope = (loss(lam + step) - loss(lam - step)) / (2 * step)
+    torch.testing.assert_close(found.double(), slope.double(), rtol=1e-2, atol=0)
+
+
 def test_gradients_per_sample(p: Problem) -> None:
     x, w = plain(p)
     one = grad(lambda w, x, y: functional.lsoftmax_loss(x, w, y, 4, 0.5))
