@@ -14,19 +14,15 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;
 constexpr unsigned kFullMask = 0xffffffffu;
 
-// One block a row; enough threads that each has a few 16-byte packs to load at a time.
-inline int threads_for(int64_t elements) {
-  int threads = kWarp;
-  while (threads < kMaxThreads && threads * 8 < elements) threads *= 2;
-  return threads;
-}
-
 // Where one block, or few, load number by number: one a thread, so that no load waits for another.
 inline int threads_for_each(int64_t numbers) {
   int threads = kWarp;
   while (threads < kMaxThreads && threads < numbers) threads *= 2;
   return threads;
 }
+
+// One block a row; enough threads that each has a few 16-byte packs to load at a time.
+inline int threads_for(int64_t elements) { return threads_for_each((elements + 7) / 8); }
 
 // cudaLaunchKernelEx rather than <<<>>>: the same launch compiles as host C++.
 template <typename Params>

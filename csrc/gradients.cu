@@ -19,9 +19,10 @@ __device__ __forceinline__ Pack<T, V> peek(const T* from) {
   return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
-template <int V, typename T>
-__device__ __forceinline__ bool packs_at(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % (V * sizeof(T)) == 0;
+// Whether all rows of d elements of these matrices are whole packs.
+template <int V, typename... Ts>
+__device__ __forceinline__ bool in_packs(int64_t d, const Ts*... matrices) {
+  return d % V == 0 && ((reinterpret_cast<uintptr_t>(matrices) % (V * sizeof(Ts)) == 0) && ...);
 }
 
 template <typename T>
@@ -30,8 +31,14 @@ __device__ typename Storage<T>::Acc scalar_gradient_of(const BackwardRows<T>& p,
   return (p.grad == nullptr ? A(1) : p.grad[i]) / *p.divisor;
 }
 
-// The upstream gradient of a row's loss; 1 where it is in the rows already. `alike`: where it is
-// one number for all that are kept.
+// The upstream gradient of all rows that are kept, where it is one number; else 0, of no use.
+template <typename T>
+__device__ typename Storage<T>::Acc gradient_of_all(const BackwardRows<T>& p) {
+  using A = typename Storage<T>::Acc;
+  return p.shares == nullptr || p.grad_per_row ? A(0) : scalar_gradient_of(p, 0);
+}
+
+// That of a row's loss; 1 where it is in the rows already. `alike`: gradient_of_all.
 template <typename T>
 __device__ typename Storage<T>::Acc gradient_of(const BackwardRows<T>& p, int64_t i,
                                                 typename Storage<T>::Acc alike) {
@@ -57,7 +64,7 @@ __device__ void sum_constant_x(const BackwardRows<T>& p, int64_t columns) {
   __shared__ SharedArray<A, kMaxThreads> partial;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int64_t j = columns * kWarp + lane;
-  const A alike = p.shares == nullptr || p.grad_per_row ? A(0) : scalar_gradient_of(p, 0);
+  const A alike = gradient_of_all(p);
   A sum = 0;
   for (int64_t first = warp; j < p.d && first < p.n; first += int64_t{kInFlight} * warps) {
     A shares[kInFlight];
@@ -86,7 +93,6 @@ __device__ void scale_row(const BackwardRows<T>& p, int64_t i, typename Storage<
                           bool ignored) {
   using A = typename Storage<T>::Acc;
   using E = typename Storage<T>::E;
-  if (V > 1 && (p.d % V != 0 || !packs_at<V>(p.x))) return scale_row<1>(p, i, scale, ignored);
   for (int64_t j = int64_t{threadIdx.x} * V; j < p.d; j += int64_t{blockDim.x} * V) {
     const auto xs = peek<T, V>(p.x + i * p.d + j);
     Pack<E, V> scaled;
@@ -105,7 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(BackwardRows
   const int64_t i = blockIdx.x;
   if (i >= p.n) return sum_constant_x(p, i - p.n);
   const bool ignored = p.target[i] == p.ignore_index;
-  const A alike = p.shares == nullptr || p.grad_per_row ? A(0) : scalar_gradient_of(p, 0);
+  const A alike = gradient_of_all(p);
   const A g = gradient_of(p, i, alike), scale = g * p.rows[i];
   if (threadIdx.x == 0 && p.shares != nullptr) {
     for (int64_t k = 0; k < 4; ++k) p.shares[k * p.n + i] = g * p.rows[k * p.n + i];
@@ -113,11 +119,13 @@ __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(BackwardRows
   }
   if (p.order != nullptr) write_order(p.order, p.target, p.n, i);
   if (p.scaled_x == nullptr) return;
-  scale_row<4>(p, i, scale, ignored);
+  constexpr int kVector = 4;
+  in_packs<kVector>(p.d, p.x) ? scale_row<kVector>(p, i, scale, ignored)
+                              : scale_row<1>(p, i, scale, ignored);
 }
 
 // Row i of dX.
-template <typename T, bool kWide>
+template <int V, typename T, bool kWide>
 __device__ void finish_input(const FinishGradients<T, kWide>& p, int64_t i) {
   using A = typename Storage<T>::Acc;
   using DX = typename FinishGradients<T, kWide>::DX;
@@ -126,32 +134,24 @@ __device__ void finish_input(const FinishGradients<T, kWide>& p, int64_t i) {
   const A scale = p.scale == nullptr ? A(1) : p.scale[i], share = p.input[i];
   const A rest = w_y == nullptr ? A(0) : p.rest[i];
   const A constant = p.constant == nullptr ? A(0) : p.constant[i];
-  const auto columns = [&](auto pack) {
-    constexpr int V = decltype(pack)::value;
-    for (int64_t j = int64_t{threadIdx.x} * V; j < p.d; j += int64_t{blockDim.x} * V) {
-      const auto products = peek<A, V>(p.product + i * p.d + j);
-      Pack<T, V> xs{}, ws{};
-      Pack<A, V> constants{};
-      if (share != 0) xs = peek<T, V>(p.x + i * p.d + j);
-      if (w_y != nullptr) ws = peek<T, V>(w_y + j);
-      if (constant != 0) constants = peek<A, V>(p.product + p.n * p.d + j);
-      Pack<DX, V> out;
+  for (int64_t j = int64_t{threadIdx.x} * V; j < p.d; j += int64_t{blockDim.x} * V) {
+    const auto products = peek<A, V>(p.product + i * p.d + j);
+    Pack<T, V> xs{}, ws{};
+    Pack<A, V> constants{};
+    if (share != 0) xs = peek<T, V>(p.x + i * p.d + j);
+    if (w_y != nullptr) ws = peek<T, V>(w_y + j);
+    if (constant != 0) constants = peek<A, V>(p.product + p.n * p.d + j);
+    Pack<DX, V> out;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        A value = scale * products.values[v];
-        if (share != 0) value += share * static_cast<A>(xs.values[v]);
-        if (w_y != nullptr) value += rest * static_cast<A>(ws.values[v]);
-        if (constant != 0) value += constant * constants.values[v];
-        out.values[v] = static_cast<DX>(value);
-      }
-      *reinterpret_cast<Pack<DX, V>*>(p.dx + i * p.d + j) = out;
+    for (int v = 0; v < V; ++v) {
+      A value = scale * products.values[v];
+      if (share != 0) value += share * static_cast<A>(xs.values[v]);
+      if (w_y != nullptr) value += rest * static_cast<A>(ws.values[v]);
+      if (constant != 0) value += constant * constants.values[v];
+      out.values[v] = static_cast<DX>(value);
     }
-  };
-  constexpr int kVector = 16 / sizeof(A);
-  const bool whole = p.d % kVector == 0 && packs_at<kVector>(p.x) && packs_at<kVector>(p.w) &&
-                     packs_at<kVector>(p.product) && packs_at<kVector>(p.dx);
-  whole ? columns(std::integral_constant<int, kVector>{})
-        : columns(std::integral_constant<int, 1>{});
+    *reinterpret_cast<Pack<DX, V>*>(p.dx + i * p.d + j) = out;
+  }
 }
 
 struct ClassShare {
@@ -202,6 +202,7 @@ __device__ Pack<typename Storage<T>::Acc, V> sum_rest(const FinishGradients<T, k
   return sum;
 }
 
+// The class's row of dW, of which `h` is the share of its own vector.
 template <int V, typename T, bool kWide>
 __device__ void add_to_class(const FinishGradients<T, kWide>& p, const int64_t* order, int rows,
                              int64_t y, int64_t line, typename Storage<T>::Acc h) {
@@ -242,10 +243,8 @@ __device__ void finish_class(const FinishGradients<T, kWide>& p, int64_t place) 
   const A h = static_cast<A>(share.weight);
   const int rows = p.rest == nullptr ? 0 : share.rows;
   constexpr int kVector = 16 / sizeof(A);
-  const bool whole = p.d % kVector == 0 && packs_at<kVector>(p.x) && packs_at<kVector>(p.w) &&
-                     packs_at<kVector>(p.dw);
-  whole ? add_to_class<kVector>(p, order, rows, y, line, h)
-        : add_to_class<1>(p, order, rows, y, line, h);
+  in_packs<kVector>(p.d, p.x, p.w, p.dw) ? add_to_class<kVector>(p, order, rows, y, line, h)
+                                         : add_to_class<1>(p, order, rows, y, line, h);
 }
 
 template <typename T, bool kWide>
@@ -253,7 +252,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     finish_gradients_kernel(FinishGradients<T, kWide> p) {
   // Side by side: each is a chain of loads that wait for each other.
   const int64_t block = blockIdx.x, inputs = p.dx == nullptr ? 0 : p.n;
-  block < inputs ? finish_input(p, block) : finish_class(p, block - inputs);
+  if (block >= inputs) return finish_class(p, block - inputs);
+  constexpr int kVector = 16 / sizeof(typename Storage<T>::Acc);
+  in_packs<kVector>(p.d, p.x, p.w, p.product, p.dx) ? finish_input<kVector>(p, block)
+                                                    : finish_input<1>(p, block);
 }
 
 }  // namespace

@@ -12,6 +12,11 @@ from annealed import LAYERS, batch, constant, curve, held, trained
 from lsoftmax import LambdaSchedule, LSoftmaxLoss
 
 
+def under_meta(schedule: LambdaSchedule | float) -> LSoftmaxLoss:
+    with torch.device("meta"):
+        return LSoftmaxLoss(6, 5, margin=3, lam=schedule)
+
+
 @pytest.mark.parametrize("schedule", [curve, held, constant])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_loaded_by_assignment(layer: type, schedule) -> None:
@@ -32,8 +37,7 @@ def test_a_16_bit_checkpoint_loaded_by_assignment() -> None:
     """The schedule's numbers stay float32, which the ops expect and a running mean needs."""
     state = trained(LSoftmaxLoss, held()).state_dict()
     halves = {key: v.bfloat16() if v.is_floating_point() else v for key, v in state.items()}
-    with torch.device("meta"):
-        head = LSoftmaxLoss(6, 5, margin=3, lam=held())
+    head = under_meta(held())
     head.load_state_dict(halves, assign=True)
     assert head.linear.weight.dtype == torch.bfloat16
     assert {head.lam.dtype, head.schedule.share.dtype} == {torch.float32}
@@ -72,8 +76,7 @@ def test_filled_by_assignment_of_attributes(schedule, steps: int) -> None:
     head = trained(LSoftmaxLoss, schedule(), steps=steps)
     x, y = batch(head)
     state = head.state_dict()
-    with torch.device("meta"):
-        empty = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
+    empty = under_meta(schedule())
     for again in (empty, copy.deepcopy(empty).eval()):
         other = assigned(again, copy.deepcopy(state))
         expected = copy.deepcopy(head).train(other.training)
@@ -88,8 +91,7 @@ def test_numbers_of_another_schedule_are_numbers(now) -> None:
     by_hand.commit(5.0)
     for schedule, steps in ((curve(), 40), (steep, 200), (by_hand, 0)):
         state = trained(LSoftmaxLoss, schedule, steps).state_dict()
-        with torch.device("meta"):
-            empty = LSoftmaxLoss(6, 5, margin=3, lam=now())
+        empty = under_meta(now())
         loaded = copy.deepcopy(empty)
         loaded.load_state_dict(copy.deepcopy(state), assign=True)
         for other in (loaded, assigned(empty, copy.deepcopy(state))):
@@ -102,8 +104,7 @@ def test_a_compiled_layer_looks_at_its_numbers() -> None:
     state = {"linear.weight": torch.randn(5, 6)}
     x, y = torch.randn(4, 6), torch.arange(4)
     for schedule in (constant, held):
-        with torch.device("meta"):
-            head = LSoftmaxLoss(6, 5, margin=3, lam=schedule())
+        head = under_meta(schedule())
         compiled = torch.compile(assigned(head, state), backend="eager")
         if schedule is held:
             with pytest.raises(RuntimeError, match="are of no schedule"):
@@ -117,17 +118,11 @@ def test_a_compiled_layer_looks_at_its_numbers() -> None:
 def test_a_skeleton_on_the_meta_device_is_called_with_others_numbers() -> None:
     """As an ensemble is, by functional_call under vmap, where nothing can be looked at."""
     heads = [trained(LSoftmaxLoss, curve()).eval() for _ in range(3)]
-    with torch.device("meta"):
-        skeleton = LSoftmaxLoss(6, 5, margin=3, lam=curve()).eval()
+    skeleton = under_meta(curve()).eval()
     x, y = torch.randn(4, 6), torch.arange(4)
     state = torch.func.stack_module_state(heads)
     call = torch.func.vmap(lambda p, b: torch.func.functional_call(skeleton, (p, b), (x, y)))
     torch.testing.assert_close(call(*state), torch.stack([head(x, y) for head in heads]))
-
-
-def under_meta(schedule: LambdaSchedule | float) -> LSoftmaxLoss:
-    with torch.device("meta"):
-        return LSoftmaxLoss(6, 5, margin=3, lam=schedule)
 
 
 def given_meta(schedule: LambdaSchedule | float) -> LSoftmaxLoss:

@@ -54,7 +54,8 @@ def planted(fault: Fault, root: Path = ROOT) -> str:
 
 def all_faults() -> list[Fault]:
     """Every fault, those of one file next to each other: its object is then built once a fault."""
-    from . import engine, kernels, layers, portable, shards
+    from . import annealing, engine, kernels, layers, portable, shards
 
-    faults = [*kernels.FAULTS, *engine.FAULTS, *portable.FAULTS, *shards.FAULTS, *layers.FAULTS]
+    modules = (kernels, engine, portable, shards, annealing, layers)
+    faults = [fault for module in modules for fault in module.FAULTS]
     return sorted(faults, key=lambda fault: (fault.backend, fault.file))

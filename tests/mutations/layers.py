@@ -1,90 +1,11 @@
-"""Faults of annealing, of the layers, and of what autograd is told."""
+"""Faults of the layers, of what autograd is told, of plans, and of the installation."""
 
 from __future__ import annotations
 
 from .kernels import kernel
 from .portable import portable
 
-RESUMED = "test_schedule.py::test_a_resumed_schedule_goes_on_bit_for_bit"
-
 FAULTS = [
-    portable(
-        "schedule: steps are counted from 0",
-        "portable_schedule.py",
-        "vector(steps + 1)",
-        "vector(steps)",
-        "test_schedule.py::test_the_buffers_follow_the_formula",
-    ),
-    portable(
-        "schedule: no floor",
-        "portable_schedule.py",
-        "** -power, minimum)",
-        "** -power, 0.0)",
-        "test_schedule.py::test_the_buffers_follow_the_formula",
-    ),
-    portable(
-        "schedule: the measured share is not saved",
-        "schedule.py",
-        "persistent=not self.is_constant)",
-        'persistent=not self.is_constant and name != "share")',
-        RESUMED,
-    ),
-    portable(
-        "schedule: the count of steps is not saved",
-        "schedule.py",
-        "persistent=not self.is_constant)",
-        'persistent=not self.is_constant and name != "steps")',
-        "test_modules.py::test_resumed_is_never_stopped",
-    ),
-    portable(
-        "schedule: keep does not hold lam up",
-        "portable_schedule.py",
-        "if least_share > 0:",
-        "if least_share < 0:",
-        "test_schedule.py::test_lam_is_held_where_the_angle_is_wide",
-    ),
-    portable(
-        "schedule: the measured share is not updated",
-        "portable_schedule.py",
-        "share.copy_(torch.as_tensor(old",
-        "share.clone().copy_(torch.as_tensor(old",
-        "test_schedule.py::test_lam_is_held_where_the_angle_is_wide",
-    ),
-    portable(
-        "schedule: psi of half the angle",
-        "portable_schedule.py",
-        "2 * margin / math.pi",
-        "margin / math.pi",
-        "test_schedule.py::test_lam_is_held_where_the_angle_is_wide",
-    ),
-    portable(
-        "schedule: half() rounds lam",
-        "schedule.py",
-        "setattr(self, name, number.to(now.device))",
-        "setattr(self, name, now.to(number.dtype))",
-        "test_modules.py::test_lam_keeps_its_bits_when_the_layer_changes_type",
-    ),
-    portable(
-        "schedule: to_empty() leaves what was in the memory",
-        "schedule.py",
-        "                now.copy_(number)\n",
-        "                pass\n",
-        "test_meta_device.py::test_a_real_layer_made_empty_keeps_its_numbers",
-    ),
-    portable(
-        "schedule: moved to the meta device, it takes any numbers",
-        "schedule.py",
-        "        self._has_no_numbers |= self.lam.is_meta\n",
-        "",
-        "test_meta_device.py::test_junk_for_numbers_is_refused",
-    ),
-    portable(
-        "schedule: numbers begun again are others",
-        "schedule.py",
-        "getattr(self, name).copy_(number)",
-        "setattr(self, name, number)",
-        "test_modules.py::test_annealing_begins_again_in_place",
-    ),
     portable(
         "layer: new class vectors are given the margin of those before them",
         "modules.py",
@@ -136,64 +57,6 @@ FAULTS = [
         "test_modules.py::test_loss_options_reach_the_function",
     ),
     portable(
-        "annealing: ignored rows count in the low cosine",
-        "rows.py",
-        "rows, count = xp.where(mask, cosines, 0.0), mask.sum()",
-        "rows, count = cosines, mask.size",
-        "test_schedule.py::test_ignored_rows_have_no_angle",
-        "test_annealing_ops.py::test_low_cosine",
-    ),
-    portable(
-        "annealing: the root of a rounding below 0",
-        "rows.py",
-        "xp.sqrt(abs(rows.dot(rows) / count - mean * mean))",
-        "xp.sqrt(rows.dot(rows) / count - mean * mean)",
-        "test_annealing_ops.py::test_rows_alike_have_no_deviation",
-    ),
-    portable(
-        "annealing: by the mean cosine, as if no row were harder",
-        "rows.py",
-        "low = mean - xp.sqrt(abs(rows.dot(rows) / count - mean * mean))",
-        "low = mean",
-        "test_schedule.py::test_layers_measure_their_own_batch",
-        "test_annealing_ops.py::test_low_cosine",
-    ),
-    portable(
-        "annealing: a step by hand is counted twice",
-        "schedule.py",
-        "self._anneal(lam if self.auto_step else None, cosine, margin)",
-        "self._anneal(lam, cosine, margin)",
-        "test_schedule.py::test_steps_by_hand",
-    ),
-    kernel(
-        "annealing: the kernel takes the cosine of ignored rows from its last use",
-        "loss_rows.cu",
-        "if (first && p.row_cosine != nullptr) p.row_cosine[i] = 0;",
-        "",
-        "test_annealing_ops.py::test_low_cosine",
-    ),
-    kernel(
-        "annealing: the kernel forgets a zero row's missing angle",
-        "margin.cuh",
-        "return p.xx != 0 && p.ww != 0 ? p.dot",
-        "return p.xx >= 0 ? p.dot",
-        "test_annealing_ops.py::test_low_cosine",
-    ),
-    kernel(
-        "annealing: the kernel lets NaN into the running mean",
-        "annealing.cu",
-        "fmin(fmax(static_cast<double>(*p.cosine), 0.0), 1.0)",
-        "static_cast<double>(*p.cosine)",
-        "test_annealing_ops.py::test_anneal",
-    ),
-    kernel(
-        "annealing: the kernel counts steps from 0",
-        "annealing.cu",
-        "static_cast<double>(*p.steps + 1)",
-        "static_cast<double>(*p.steps)",
-        "test_annealing_ops.py::test_upcoming_lam",
-    ),
-    portable(
         "op: the gradients formed in forward are not scaled",
         "autograd.py",
         "_scaled(dx, grad, input.dtype), _scaled(dw, grad, linear_weight.dtype)",
@@ -221,27 +84,6 @@ FAULTS = [
         "if built and (_abi(built), built_cuda) != (_abi(torch_version), cuda):",
         "if built and built_cuda != cuda:",
         "test_extension.py::test_why_unfit",
-    ),
-    portable(
-        "state: class vectors without annealing are given the margin of those before them",
-        "modules.py",
-        "if loaded and not saved & state_dict.keys():",
-        "if not loaded:",
-        "test_state.py::test_class_vectors_without_annealing_begin_it",
-    ),
-    portable(
-        "state: a part that is loaded begins the annealing anew",
-        "modules.py",
-        "any(prefix + name in state_dict for name, _ in self.named_parameters())",
-        "any(key.startswith(prefix) for key in state_dict)",
-        "test_state.py::test_parts_that_are_loaded_change_no_annealing",
-    ),
-    portable(
-        "state: a type for all takes the count of steps along",
-        "schedule.py",
-        "            if now.dtype != number.dtype:\n",
-        "            if number.is_floating_point() and now.dtype != number.dtype:\n",
-        "test_state.py::test_a_type_for_all_leaves_the_count_an_integer",
     ),
     portable(
         "diagnostics: lam is the schedule's own, which goes on",
@@ -293,46 +135,11 @@ FAULTS = [
         "test_diagnosis.py",
     ),
     kernel(
-        "annealing: the kernel's running mean forgets all but the last batch",
-        "annealing.cu",
-        "share + (1 - p.memory) * (allowed - share)",
-        "share + p.memory * (allowed - share)",
-        "test_annealing_ops.py::test_anneal",
-    ),
-    kernel(
-        "annealing: the kernel's mean is over all rows, ignored ones too",
-        "loss_sum.cu",
-        "mean = sum.cosine / sum.kept,",
-        "mean = sum.cosine / p.n,",
-        "test_annealing_ops.py::test_low_cosine",
-    ),
-    kernel(
-        "annealing: the kernel goes by the mean cosine, as if no row were harder",
-        "loss_sum.cu",
-        "mean - sqrt(fabs(variance))",
-        "mean - 0 * variance",
-        "test_annealing_ops.py::test_low_cosine",
-    ),
-    kernel(
-        "annealing: the kernel's squares are over all rows, ignored ones too",
-        "loss_sum.cu",
-        "sum.square / sum.kept",
-        "sum.square / p.n",
-        "test_annealing_ops.py::test_low_cosine",
-    ),
-    kernel(
         "row pass: each pack of logits is read twice",
         "loss_rows.cu",
         "if (k < packs) logits[n] = load<kVector>(head + k * kVector);",
         "for (int t = 0; t < 2 && k < packs; ++t) logits[n] = load<kVector>(head + k * kVector);",
         "test_emulation_engine.py::test_a_logit_is_read_once_and_its_exponential_written_once",
-    ),
-    kernel(
-        "annealing: to the kernel a batch without rows has a right angle",
-        "annealing.cu",
-        "p.cosine == nullptr || isinf(*p.cosine)",
-        "p.cosine == nullptr",
-        "test_annealing_ops.py::test_anneal",
     ),
     kernel(
         "shards: the cosine of a target elsewhere is from its last use",
@@ -347,34 +154,6 @@ FAULTS = [
         "self._drawn - 1 if again else self._drawn",
         "self._drawn",
         "test_distributed.py::test_processes_together[3-distributed_training_checks:sampled]",
-    ),
-    portable(
-        "schedule: uninitialised numbers train",
-        "schedule.py",
-        "if not in_range or (lam < 1e-6 and share < 0.5):",
-        "if steps < 0:",
-        "test_meta_device.py::test_junk_for_numbers_is_refused",
-    ),
-    portable(
-        "schedule: a constant keeps what a loader left in its memory",
-        "schedule.py",
-        "        if self.is_constant:\n            self.reset_parameters()\n",
-        "        if self.is_constant:\n            return\n",
-        "test_meta_device.py::test_filled_by_assignment_of_attributes",
-    ),
-    portable(
-        "schedule: a curve's checkpoint holds no lam up",
-        "portable_schedule.py",
-        "share.copy_(torch.as_tensor(1.0 / (1.0 + vector(lam))))",
-        "pass",
-        "test_state.py::test_a_checkpoint_from_before_keep_goes_on_at_its_lam",
-    ),
-    kernel(
-        "annealing: the kernel's share of a curve stays behind",
-        "annealing.cu",
-        "if (p.keep < 0) *p.share",
-        "if (false) *p.share",
-        "test_annealing_ops.py::test_share_of_a_curve_is_that_of_lam",
     ),
     portable(
         "diagnostics: norms are squared in float32",
