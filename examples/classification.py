@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from experiment import (
     Results,
     Row,
     Setting,
+    chosen,
     describe,
     figures_of,
     prepare,
@@ -29,6 +29,7 @@ COLUMNS = {
     "test_error": "test error, %",
     "angle": "angle to the own class, degrees",
     "other_angle": "to the nearest other, degrees",
+    "unanswered": "classes never answered",
 }
 ANGLE_BINS = 60  # of 3 degrees
 
@@ -42,8 +43,7 @@ def compare(
 ) -> list[Row]:
     """Train with every margin and seed, print the table, draw the pictures."""
     torch.backends.cudnn.deterministic = True
-    if args.epochs is not None:
-        setting = replace(setting, recipe=replace(setting.recipe, epochs=args.epochs))
+    setting = chosen(setting, args)
     data = data.to(args.device)
     counts, test = [len(data.train_labels)], len(data.test_labels)
     settings = describe(args, setting, counts, test=test)
@@ -75,16 +75,19 @@ def compare(
 
 
 def measure(features: Tensor, weight: Tensor, labels: Tensor) -> Row:
-    """The test error, percent, and the angles to the own and the nearest other class, degrees."""
-    wrong = F.linear(features, weight).argmax(1) != labels
+    """The test error, percent, the angles to the own and the nearest other class, degrees, and how
+    many of the classes are the answer to no image.
+    """
+    answers = F.linear(features, weight).argmax(1)
     cosines = F.normalize(features.double()) @ F.normalize(weight.double()).T
     own = cosines.gather(1, labels.unsqueeze(1)).squeeze(1)
     other = cosines.scatter(1, labels.unsqueeze(1), -2.0).amax(1)
     angles = [torch.rad2deg(torch.acos(c.clamp(-1, 1))) for c in (own, other)]
     counts = [torch.histc(a.cpu(), ANGLE_BINS, 0, 180).long().tolist() for a in angles]
     return {
-        "test_error": 100 * wrong.double().mean().item(),
+        "test_error": 100 * (answers != labels).double().mean().item(),
         "angle": angles[0].mean().item(),
         "other_angle": angles[1].mean().item(),
+        "unanswered": len(weight) - len(answers.unique()),
         "angle_counts": dict(zip(("own", "other"), counts, strict=True)),
     }

@@ -10,7 +10,8 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ class Setting:
     recipe: Recipe
     network: Callable[..., nn.Module]  # from the training images and the number of features
     features: int  # D
-    schedule: Callable[[int], lsoftmax.LambdaSchedule]  # from the number of training steps
+    schedule: Callable[..., lsoftmax.LambdaSchedule]  # from the number of steps, and maybe `keep`
 
 
-def authors(gamma: float, power: float) -> Callable[[int], lsoftmax.LambdaSchedule]:
+def authors(gamma: float, power: float) -> Callable[..., lsoftmax.LambdaSchedule]:
     """The authors' annealing, which counts steps, however many there will be."""
-    return lambda steps: lsoftmax.LambdaSchedule(1000.0, gamma, power, 0.0)
+    return lambda steps, keep=None: lsoftmax.LambdaSchedule(1000.0, gamma, power, 0.0, keep=keep)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -61,6 +62,16 @@ def margin_of(text: str) -> int:
         return check_margin(int(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def keep_of(text: str) -> float:
+    """An argument that is a schedule's ``keep``."""
+    try:
+        keep = float(text)
+        lsoftmax.LambdaSchedule.by_angle(keep=keep)  # which says what is wrong with it
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return keep
 
 
 def device_of(text: str, parser: argparse.ArgumentParser) -> torch.device:
@@ -83,6 +94,7 @@ def arguments_of(name: str, description: str, settings: Iterable[str]) -> argpar
     add("--margins", type=margin_of, nargs="+", default=[1, 2, 3, 4], help="1 is softmax (1 2 3 4)")
     add("--seeds", type=positive, default=3, help="trainings a margin (%(default)s)")
     add("--epochs", type=positive, help="instead of the recipe's")
+    add("--keep", type=keep_of, help="of lam's schedule, instead of the recipe's")
     add("--device", default=device, help="cpu, cuda, cuda:1 and so on (%(default)s)")
     add("--amp", action="store_true", help="autocast to bfloat16")
     add(
@@ -92,6 +104,15 @@ def arguments_of(name: str, description: str, settings: Iterable[str]) -> argpar
         help="folder for results, pictures and checkpoints (%(default)s)",
     )
     return parser
+
+
+def chosen(setting: Setting, args: argparse.Namespace) -> Setting:
+    """The setting with what the command line says otherwise."""
+    if args.epochs is not None:
+        setting = replace(setting, recipe=replace(setting.recipe, epochs=args.epochs))
+    if args.keep is not None:
+        setting = replace(setting, schedule=partial(setting.schedule, keep=args.keep))
+    return setting
 
 
 # ---- runs and their results ----------------------------------------------------------------------
@@ -262,7 +283,9 @@ def name(margin: int) -> str:
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and where there are several values their standard deviation."""
+    """Mean, and where there are several values their standard deviation; nothing of none."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
@@ -273,13 +296,20 @@ def by_seed(rows: Iterable[Row], margin: int, key: str) -> list[float]:
     """A figure of each seed; where a seed has several folds, their mean."""
     values: dict[int, list[float]] = {}
     for row in rows:
-        if row["margin"] == margin and row[key] is not None:
+        if row["margin"] == margin and row.get(key) is not None:
             values.setdefault(row["seed"], []).append(row[key])
     return [statistics.mean(of_seed) for of_seed in values.values()]
 
 
+def measured(rows: Iterable[Row], columns: dict[str, str]) -> dict[str, str]:
+    """The columns of which there are figures: a file may be older than a column."""
+    known = {key for row in rows for key, value in row.items() if value is not None}
+    return {key: words for key, words in columns.items() if key in known}
+
+
 def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
     """Markdown: a row a margin, a column a figure: mean and standard deviation over the seeds."""
+    columns = measured(rows, columns)
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
     for margin in dict.fromkeys(row["margin"] for row in rows):
         cells = [mean_and_spread(by_seed(rows, margin, key)) for key in columns]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from experiment import (
     Results,
     Row,
     Setting,
+    chosen,
     describe,
     figures_of,
     prepare,
@@ -55,8 +55,7 @@ def compare(
         augment: as for :class:`Training`.
     """
     torch.backends.cudnn.deterministic = True
-    if args.epochs is not None:
-        setting = replace(setting, recipe=replace(setting.recipe, epochs=args.epochs))
+    setting = chosen(setting, args)
     images, test_images = data.images.to(args.device), data.test_images.to(args.device)
     same, fold_of = data.pairs.same.numpy(), data.pairs.fold.numpy()
     tested_folds = [None] if folds is None else np.unique(fold_of).tolist()
@@ -67,10 +66,10 @@ def compare(
     results = Results(args.output, describe(args, setting, counts, **sizes))
 
     def train(run: Row, checkpoint: Path, after_epoch: Callable[[Log], object]) -> Row:
-        chosen, labels = known(data, run.get("fold"), least)
+        trained_on, labels = known(data, run.get("fold"), least)
         training = prepare(
             setting,
-            images[chosen.to(args.device)],
+            images[trained_on.to(args.device)],
             labels.to(args.device),
             int(labels.max()) + 1,
             run["margin"],

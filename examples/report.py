@@ -19,7 +19,7 @@ import classification
 import pages
 import pairs
 import recognition
-from experiment import Row, by_seed, mean_and_spread, name
+from experiment import Row, by_seed, mean_and_spread, measured, name
 from figures import draw_angles, draw_roc
 from files import write
 from verification import FAR_GRID
@@ -76,10 +76,11 @@ PARTS = {
 def block(part: Part, results: dict[str, Any]) -> str:
     """The table of an experiment, the paper's figures beside ours, and how it was trained."""
     rows, settings = results["rows"], results["settings"]
-    head = list(part.columns.values()) + ([part.paper[0]] if part.paper else [])
+    columns = measured(rows, part.columns)
+    head = list(columns.values()) + ([part.paper[0]] if part.paper else [])
     lines = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
     for margin in dict.fromkeys(row["margin"] for row in rows):
-        cells = [mean_and_spread(by_seed(rows, margin, key)) for key in part.columns]
+        cells = [mean_and_spread(by_seed(rows, margin, key)) for key in columns]
         if part.paper:
             cells.append(f"{part.paper[1][margin]:.2f}" if margin in part.paper[1] else "")
         lines.append(f"| {name(margin)} | " + " | ".join(cells) + " |")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -20,6 +21,7 @@ for package in ("sklearn", "matplotlib", "tqdm"):
 
 import cifar
 import classification
+import experiment
 import lfw
 import lsoftmax
 import mnist
@@ -48,6 +50,9 @@ def test_measure_against_known_angles():
     assert row["other_angle"] == pytest.approx((90 + 0 + 90 + 45) / 4)
     assert row["test_error"] == 50  # the second, and the third, whose logits are 0 and -4
     assert sum(row["angle_counts"]["own"]) == 4
+    assert row["unanswered"] == 0
+    first = classification.measure(features[:1], class_vectors, torch.tensor([0]))
+    assert first["unanswered"] == 1, "the own class, since the other one is the answer"
 
 
 def pairs_of(same: np.ndarray, fold: np.ndarray) -> pairs_module.Pairs:
@@ -255,11 +260,15 @@ def test_omniglot(device, tmp_path, capsys):
     write_omniglot(tmp_path)
     output = tmp_path / "out"
     options = ["--data", str(tmp_path), "--margins", "1", "3", "--seeds", "1", "--epochs", "4"]
+    options += ["--keep", "0.25"]
     rows = omniglot.main([*options, "--device", device, "--output", str(output)])
     assert [row["identities"] for row in rows] == [10, 10]
     assert all(row["accuracy"] > 80 and row["eer"] < 25 for row in rows)
     check_pictures(output, "roc.png", "training.png")
     assert "Ten folds" in capsys.readouterr().out
+    settings = json.loads((output / "results.json").read_text())["settings"]
+    schedule = lsoftmax.LambdaSchedule.for_steps(4, keep=0.25)
+    assert settings["schedule"] == schedule.extra_repr()
 
 
 def test_lfw(device, tmp_path, monkeypatch, capsys):
@@ -301,6 +310,20 @@ def test_lfw(device, tmp_path, monkeypatch, capsys):
         lfw.main([*options, "--least", "3", "--output", str(output)])
     with pytest.raises(SystemExit, match="--least 9: nobody"):
         lfw.main([*options, "--least", "9", "--output", str(output)])
+
+
+def test_keep_of_the_authors_curve():
+    args = argparse.Namespace(epochs=None, keep=0.25)
+    schedule = experiment.chosen(cifar.PAPER[False], args).schedule(30_000)
+    expected = lsoftmax.LambdaSchedule(1000.0, 2e-5, 45.0, keep=0.25)
+    assert schedule.extra_repr() == expected.extra_repr()
+
+
+@pytest.mark.parametrize("keep", ["1", "-0.1", "half"])
+def test_keep_is_checked(keep, capsys):
+    with pytest.raises(SystemExit):
+        mnist.main(["--keep", keep])
+    assert "argument --keep" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main", [mnist.main, cifar.main, omniglot.main, lfw.main])

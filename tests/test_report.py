@@ -56,6 +56,17 @@ def test_block():
     assert lines[6].startswith("1 of 4 trainings ended with a warning")
 
 
+def test_a_column_that_only_some_rows_have():
+    """Rows measured before there was the column have nothing in it; where all are, it is left out."""
+    results = results_of((1, 0, 1.0), (4, 0, 0.5))
+    assert "answered" not in report.block(report.PARTS["mnist"], results)
+    results["rows"][1]["unanswered"] = 3
+    lines = report.block(report.PARTS["mnist"], results).splitlines()
+    assert lines[0].endswith("| classes never answered | the paper's, % |")
+    assert lines[2] == "| softmax | 1.00 | 10.00 | 80.00 |  | 0.40 |"
+    assert lines[3] == "| L-Softmax, m = 4 | 0.50 | 10.00 | 80.00 | 3.00 | 0.31 |"
+
+
 def test_a_page_without_a_place_for_results_is_an_error():
     with pytest.raises(SystemExit, match="mnist"):
         report.fill("# Experiments\n", {"mnist": results_of((1, 0, 1.0))})
