@@ -14,7 +14,8 @@ import networks
 from augment import move
 from classification import compare
 from data import MissingDataError, cifar
-from experiment import Row, Setting, arguments_of, authors, device_of
+from experiment import Row, Setting, authors
+from options import arguments_of, device_of
 from training import Recipe
 
 PAPER_NETWORK = partial(networks.paper, widths=(64, 128, 256), depths=(5, 4, 4))

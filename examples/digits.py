@@ -23,9 +23,10 @@ from torch import Tensor, nn
 import lsoftmax
 from classification import COLUMNS, measure
 from data import Labelled
-from experiment import device_of, margin_of, name, positive, table
+from experiment import name, table
 from extras import needed
 from files import write_json
+from options import device_of, margin_of, positive
 from training import Recipe, Training, features_of
 
 with needed():

@@ -28,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lsoftmax
 from data import Labelled, MissingDataError, mnist
-from experiment import positive
 from extras import needed
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss, clip_grad_norm_
+from options import positive
 
 with needed():
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""What all experiments share: the command line, the runs in their order, results that are resumed.
+"""What all experiments share: their settings, the runs in their order, results that are resumed.
 
 A run is one training: a margin, a seed, and for LFW a fold. Its row is added to results.json when
 it ends, and until then its checkpoint lies beside. So the same command again goes on where it was.
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import lsoftmax
 from extras import needed
 from files import write_json
-from lsoftmax.checks import check_margin
 from training import Augment, Log, Recipe, Training
 
 with needed():
@@ -43,67 +42,6 @@ class Setting:
 def authors(gamma: float, power: float) -> Callable[..., lsoftmax.LambdaSchedule]:
     """The authors' annealing, which counts steps, however many there will be."""
     return lambda steps, keep=None: lsoftmax.LambdaSchedule(1000.0, gamma, power, 0.0, keep=keep)
-
-
-# ---- the command line ----------------------------------------------------------------------------
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def margin_of(text: str) -> int:
-    """An argument that is a margin."""
-    try:
-        return check_margin(int(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def keep_of(text: str) -> float:
-    """An argument that is a schedule's ``keep``."""
-    try:
-        keep = float(text)
-        lsoftmax.LambdaSchedule.by_angle(keep=keep)  # which says what is wrong with it
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return keep
-
-
-def device_of(text: str, parser: argparse.ArgumentParser) -> torch.device:
-    """The device of this name, or the parser's error."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {text}: {str(error).splitlines()[0]}")
-
-
-def arguments_of(name: str, description: str, settings: Iterable[str]) -> argparse.ArgumentParser:
-    """The arguments that all experiments have."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog="A run that was interrupted goes on with the same command."
-    )
-    add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--data", type=Path, default=Path("data"), help="folder of the data (%(default)s)")
-    add("--recipe", choices=list(settings), default="default", help="how to train (%(default)s)")
-    add("--margins", type=margin_of, nargs="+", default=[1, 2, 3, 4], help="1 is softmax (1 2 3 4)")
-    add("--seeds", type=positive, default=3, help="trainings a margin (%(default)s)")
-    add("--epochs", type=positive, help="instead of the recipe's")
-    add("--keep", type=keep_of, help="of lam's schedule, instead of the recipe's")
-    add("--device", default=device, help="cpu, cuda, cuda:1 and so on (%(default)s)")
-    add("--amp", action="store_true", help="autocast to bfloat16")
-    add(
-        "--output",
-        type=Path,
-        default=Path("build/experiments") / name,
-        help="folder for results, pictures and checkpoints (%(default)s)",
-    )
-    return parser
 
 
 def chosen(setting: Setting, args: argparse.Namespace) -> Setting:

@@ -13,7 +13,8 @@ import lsoftmax
 import networks
 from augment import move
 from data import MissingDataError
-from experiment import Row, Setting, arguments_of, authors, device_of, positive
+from experiment import Row, Setting, authors
+from options import arguments_of, device_of, positive
 from pairs import lfw
 from recognition import compare
 from training import Recipe

@@ -13,7 +13,8 @@ import lsoftmax
 import networks
 from classification import compare
 from data import MissingDataError, mnist
-from experiment import Row, Setting, arguments_of, authors, device_of
+from experiment import Row, Setting, authors
+from options import arguments_of, device_of
 from training import Recipe
 
 SETTINGS = {

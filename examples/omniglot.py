@@ -13,7 +13,8 @@ import lsoftmax
 import networks
 from augment import move
 from data import MissingDataError
-from experiment import Row, Setting, arguments_of, device_of
+from experiment import Row, Setting
+from options import arguments_of, device_of
 from pairs import omniglot
 from recognition import compare
 from training import Recipe

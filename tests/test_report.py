@@ -57,7 +57,7 @@ def test_block():
 
 
 def test_a_column_that_only_some_rows_have():
-    """Rows measured before there was the column have nothing in it; where all are, it is left out."""
+    """Rows older than the column have nothing in it; where all are, it is left out."""
     results = results_of((1, 0, 1.0), (4, 0, 0.5))
     assert "answered" not in report.block(report.PARTS["mnist"], results)
     results["rows"][1]["unanswered"] = 3

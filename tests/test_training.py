@@ -19,6 +19,7 @@ import experiment
 import files
 import lsoftmax
 import networks
+import options
 import training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,7 +178,7 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
 
 def test_settings_of_trainings_that_differ():
     """Each fold has other images, and with them another number of steps."""
-    parser = experiment.arguments_of("faces", "", ["default"])
+    parser = options.arguments_of("faces", "", ["default"])
     args = parser.parse_args([])
     settings = experiment.describe(args, SETTING, [330, 300, 320], pairs=9)
     assert (settings["train"], settings["pairs"]) == ("300 to 330", 9)
