@@ -8,15 +8,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import cases, machine, results
+from . import ROOT, cases, machine, results
 from .floors import PASSES, SIZES, measure_limits
 from .provider import Provider
 from .providers import PRODUCTS, PROVIDERS
-from .run import Settings, measure
+from .run import DeviceLostError, Settings, list_kernels, measure, to_list
 from .tables import case_table
 
 try:
@@ -40,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path, result = args.resume, resumed(args.resume)
     else:
         result = started(settings_of(args), arguments)
-        path = args.output or results.RESULTS / f"{device_name(result['machine'])}.json"
+        path = args.output or new_file(result["machine"])
+    again = f"python -m benchmarks --resume {path}"
     try:
         go_on(result, path)
     except KeyboardInterrupt:
-        raise SystemExit(f"\nStopped. To go on: python -m benchmarks --resume {path}") from None
+        raise SystemExit(f"\nStopped. To go on: {again}") from None
+    except DeviceLostError as error:
+        raise SystemExit(f"\nThe device is lost: {error}\nTo go on without: {again}") from None
     print(f"Written: {path}")
 
 
@@ -68,7 +72,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seconds", type=float, help="of timing for one case (30; quick: 4)")
     add("--rounds", type=int, help="of timing for one case, at least (9; quick: 3)")
     add("--threads", type=int, default=2, help="of torch on the host (%(default)s)")
-    add("--output", type=Path, help="the file (benchmarks/results/DEVICE.json)")
+    add("--deviation", type=float, default=1.0, help="standard deviation of the logits (1)")
+    add("--output", type=Path, help="a new file (build/benchmarks/DEVICE-TIME.json)")
     add("--resume", type=Path, metavar="FILE", help="go on with an interrupted run, as it began")
     add("--list", action="store_true", help="providers and shapes, and do nothing")
     args = parser.parse_args(arguments)
@@ -78,6 +83,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.graph and torch.device(args.device).type != "cuda":
         parser.error("--graph: needs --device cuda")
+    if args.output and args.output.exists():
+        parser.error(f"--output {args.output}: is there already; --resume goes on with a run")
     for text in args.providers or []:
         if not any(text in provider.name for provider in PROVIDERS):
             parser.error(f"--providers: no provider has {text!r} in its name; see --list")
@@ -112,6 +119,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         quick=args.quick,
         providers=[provider.name for provider in chosen],
         cases=[case.as_dict() for case in wanted],
+        deviation=args.deviation,
     )
 
 
@@ -151,29 +159,48 @@ def resumed(path: Path) -> dict:
 
 
 def go_on(result: dict, path: Path) -> None:
-    """Measure the cases that the result lacks, and write it after each."""
+    """Measure the cases that the result lacks, then list kernels; write it after each case."""
     settings = Settings(**result["settings"])
     providers: list[Provider] = [p for p in PROVIDERS if p.name in settings.providers]
     results.write(path, result)
     todo = [case for case in results.cases(result) if not results.rows_of(result, case)]
     with tqdm(total=len(todo) * (len(providers) + 1), disable=None, unit="step") as bar:
+
+        def show(case: cases.Case, text: str) -> None:
+            bar.set_description(f"{case} {text}")
+            bar.update()
+
         for case in todo:
-
-            def progress(text: str, case: cases.Case = case) -> None:
-                bar.set_description(f"{case} {text}")
-                bar.update()
-
-            rows = measure(case, providers, settings, result["limits"], progress)
+            lost = results.lost(result, case)
+            try:
+                rows = measure(
+                    case, providers, settings, result["limits"], partial(show, case), lost
+                )
+            except DeviceLostError as error:
+                results.add_lost(result, case, error.provider, error.note)
+                results.write(path, result)
+                raise
             result["rows"] += rows
             results.write(path, result)
             bar.write(case_table(rows) + "\n")
+
+        device = torch.device(settings.device)
+        for case in results.cases(result):
+            rows = results.rows_of(result, case)
+            count = sum(to_list(row, providers, device) for row in rows)
+            if count:
+                bar.total += count
+                list_kernels(rows, case, providers, settings, partial(show, case))
+                results.write(path, result)
     result["complete"] = True
     results.write(path, result)
 
 
-def device_name(facts: dict) -> str:
-    """What the file of a run is called: cpu, or the GPU in small letters."""
-    return re.sub(r"\W+", "-", facts["gpu"]["name"].lower()) if facts["gpu"] else "cpu"
+def new_file(facts: dict) -> Path:
+    """Where a run is written that was told nothing else: by the device and the time."""
+    device = re.sub(r"\W+", "-", facts["gpu"]["name"].lower()) if facts["gpu"] else "cpu"
+    time = re.sub(r"\D", "", facts["date"])[:14]
+    return ROOT / "build" / "benchmarks" / f"{device}-{time}.json"
 
 
 def listing(device: str) -> str:

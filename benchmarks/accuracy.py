@@ -6,12 +6,13 @@ are compared for some rows of x and some rows of W, the first and last among the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lsoftmax import reference
-
-from .provider import Bound
 
 ROWS, OTHERS = 64, 64  # compared rows of dx; compared rows of dW that are nobody's target
 SLICE_BYTES = 2**28
@@ -24,6 +25,14 @@ BOUNDS = {
     "float16": {"loss": 2e-2, "dx": 1e-1, "dw": 1e-1, "dw_others": 5e-1},
     "bfloat16": {"loss": 2e-2, "dx": 1e-1, "dw": 1e-1, "dw_others": 5e-1},
 }
+
+
+class Outputs(NamedTuple):
+    """What a provider gave for the inputs of a case."""
+
+    gradients: tuple[Tensor | None, ...]  # dx and dw of the loss times a scale
+    losses: Sequence[Tensor]  # 0-dim, of calls that should give the same
+    transposed: bool = False  # dw is (D, C)
 
 
 class Truth:
@@ -71,22 +80,29 @@ class Truth:
             "dw_others": (self.share["dw_others"] * missing).t() @ self.x,
         }
 
-    def errors(self, bound: Bound, margin: int, lam: float, scale: float) -> dict:
-        """Relative errors of what a provider gives; None for a gradient that it does not."""
+    def errors(self, outputs: Outputs, margin: int, lam: float, scale: float) -> dict:
+        """Relative errors of what a provider gives; None for what it does not. Of several losses
+        the worst.
+        """
         truth = self.results(margin, lam)
-        dx, dw = bound.step(scale)
-        if dw is not None and bound.transposed:
+        dx, dw = outputs.gradients
+        if dw is not None and outputs.transposed:
             dw = dw.t()
         values = {
-            "loss": bound.loss().detach() * scale,
             "dx": dx if dx is None else dx[self.rows],
             "dw": dw if dw is None else dw[self.targets],
             "dw_others": dw if dw is None else dw[self.others],
         }
-        return {
-            name: None if values[name] is None else _error(values[name].double() / scale, truth)
-            for name, truth in truth.items()
+        errors = {
+            name: None if value is None else _error(value.double() / scale, truth[name])
+            for name, value in values.items()
         }
+        losses = [loss.detach().double() for loss in outputs.losses]
+        worst = None
+        if losses:  # NaN, too, is the largest
+            off = (torch.stack(losses) - truth["loss"]).abs().max()
+            worst = float(off / truth["loss"].abs())
+        return {"loss": worst, **errors}
 
     def _logits(self, vectors: Tensor, classes: Tensor, rows: Tensor | slice) -> Tensor:
         """x W' for some of the classes, -inf at the rows' own targets."""

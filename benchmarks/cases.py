@@ -20,6 +20,7 @@ GPU_SHAPES: list[Shape] = [
     (4096, 512, 1_000_000),
     (4096, 128, 1_000_000),
 ]
+GPU_FIRST = [(16384, 512, 100_000), (4096, 512, 1_000_000), (1024, 512, 100_000)]
 GPU_SERIES: list[Shape] = [
     *((1024, 128, 10**k) for k in range(3, 8)),
     *((n, 512, 100_000) for n in (256, 1024, 4096, 16384, 65536)),
@@ -73,7 +74,8 @@ def standard_cases(
 ) -> list[Case]:
     """The cases of a run. What is named replaces the standard; the series need nothing named.
 
-    Quick: the standard shapes in the first type at the first margin, without the series.
+    Quick: the standard shapes in the first type at the first margin, without the series; those
+    first that there are figures to reach for, since there is little time.
     """
     on_gpu = device_type == "cuda"
     first = 1 if quick else None
@@ -84,17 +86,20 @@ def standard_cases(
     if not (quick or shapes):
         series = GPU_SERIES if on_gpu else CPU_SERIES
         cases += [Case(*s, all_types[0], all_margins[0]) for s in series]
+    if quick and not shapes:
+        cases.sort(key=lambda case: case.shape not in GPU_FIRST)
     return list(dict.fromkeys(cases))
 
 
-def draw(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def draw(case: Case, device: torch.device, deviation: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N, D), class vectors (C, D), targets (N,): the same for one case in every run.
 
-    Logits are standard normal. Features and class vectors want gradients.
+    Logits are normal, with a mean of 0 and this deviation. Features and class vectors want
+    gradients.
     """
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    x = torch.randn(case.n, case.d, generator=generator, device=device)
+    x = torch.randn(case.n, case.d, generator=generator, device=device).mul_(deviation)
     w = torch.randn(case.c, case.d, generator=generator, device=device).mul_(case.d**-0.5)
     y = torch.randint(case.c, (case.n,), generator=generator, device=device)
     return x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), y

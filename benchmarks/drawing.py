@@ -13,7 +13,7 @@ from matplotlib.transforms import offset_copy
 from .cases import Case
 from .floors import least
 from .providers import OURS, PRODUCTS, PROVIDERS
-from .tables import PLAIN, is_ours, longest, ranked
+from .tables import PLAIN, counts, is_ours, longest, ranked
 
 Cases = list[tuple[Case, dict[str, dict]]]  # each with its rows by provider
 
@@ -37,7 +37,7 @@ def times(result: dict, cases: Cases) -> Figure:
             axes.plot([time["ms_20"], time["ms_80"]], [place, place], color=colour, lw=6, alpha=0.3)
             axes.plot(time["ms"], place, "o", color=colour, ms=7)
             times = ""
-            if ours and longest(ours) and row is not ours:
+            if ours and counts(ours) and row is not ours:
                 times = f"   {time['ms'] / longest(ours)['ms']:.2g}×"
             label, right = f"{_figures(time['ms'])}{times}", (time["ms_80"], place)
             _note(axes, label, right, (8, 0), colour, va="center")

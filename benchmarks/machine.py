@@ -17,6 +17,17 @@ import lsoftmax
 from . import ROOT
 from .providers import PROVIDERS
 
+# What changes the figures without being seen in them.
+VARIABLES = (
+    "LSOFTMAX_FUSED_FORWARD",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_LAUNCH_BLOCKING",
+)
+
 
 def describe(device: torch.device) -> dict:
     """The device, the versions, and the commit of the tree this harness lies in."""
@@ -44,13 +55,15 @@ def describe(device: torch.device) -> dict:
         "dirty": _dirty(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load": os.getloadavg()[0],
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
 
 def same_machine(a: dict, b: dict) -> list[str]:
     """The facts in which two descriptions differ and figures of one run must not."""
-    facts = ("gpu", "cpu", "threads", "torch", "cuda", "lsoftmax", "kernels", "commit")
-    return [fact for fact in facts if a[fact] != b[fact]]
+    facts = ["gpu", "cpu", "threads", "torch", "cuda", "float32_matmul_precision", "lsoftmax"]
+    facts += ["kernels", "packages", "commit", "dirty", "environment"]
+    return [fact for fact in facts if a.get(fact) != b.get(fact)]
 
 
 def _cpu() -> str:

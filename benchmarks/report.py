@@ -20,12 +20,13 @@ NO_GPU = "Not measured on a GPU yet."
 COUNTED = [Case(*shape, "bfloat16", 4) for shape in GPU_SHAPES if shape[2] >= 10_000]
 
 LEGEND = """\
-Times: the median of all samples (20th to 80th percentile), all providers interleaved in one run;
-forward is without gradients. Ranked are right numbers with every gradient asked for. FLOP/s:
-2 N C D operations forward, 6 N C D with backward, over the time. Products: the bare matrix products
-of the same pass. Floor: inputs read and gradients written once, or the operations, by the bandwidth
-and the matrix rate measured in the same run. Peak: torch's allocations above inputs and gradients.
-Errors: relative, against float64 on the same inputs, in some rows of each gradient."""
+Times: the median of all samples (20th to 80th percentile; of how many, where they are few), all
+providers interleaved in one run; forward is without gradients. Ranked are right numbers with every
+gradient asked for. FLOP/s: 2 N C D operations forward, 6 N C D with backward, over the time.
+Products: the bare matrix products of the same pass. Floor: inputs read and gradients written once,
+or the operations, by the bandwidth and the matrix rate measured in the same run. Peak: torch's
+allocations above inputs and gradients. Errors: relative, against float64 on the same inputs, in
+some rows of each gradient."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -68,7 +69,7 @@ def section(runs: dict[str, dict]) -> str:
         text = overview(*those.values())
         if text:
             shown = [name for name, result in those.items() if overview(result)]
-            links = [f"[{name}](benchmarks/results/{name})" for name in shown]
+            links = [f"[{name}](benchmarks/results/{name}){how_far(those[name])}" for name in shown]
             parts += [text, "", f"{device}. From {', '.join(links)}.", ""]
     return "\n".join(parts + no_gpu(runs))
 
@@ -91,6 +92,17 @@ def full(runs: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
+def how_far(result: dict) -> str:
+    """In brackets what a run left out, if anything."""
+    settings = result["settings"]
+    words = ["quick"] if settings["quick"] else []
+    if not any("compiled" in name for name in settings["providers"]):
+        words.append("without what is compiled")
+    if not result["complete"]:
+        words.append("interrupted")
+    return f" ({', '.join(words)})" if words else ""
+
+
 def where(result: dict) -> str:
     """The device in a few words."""
     facts = result["machine"]
@@ -104,14 +116,17 @@ def facts(name: str, result: dict) -> str:
     """What else a reader needs to repeat the run."""
     machine, settings, limits = result["machine"], result["settings"], result["limits"]
     rates = [f"{rate / 1e12:.3g} TFLOP/s {dtype}" for dtype, rate in limits["flops"].items()]
-    peers = [f"{package} {version}" for package, version in machine["packages"].items()]
+    beside = [f", {package} {version}" for package, version in machine["packages"].items()]
+    beside += [f", {name}={value}" for name, value in machine.get("environment", {}).items()]
     how = "CUDA graphs" if settings["graph"] else "eager calls"
+    deviation = settings.get("deviation", 1.0)
+    spread_out = "" if deviation == 1 else f", logits' deviation {deviation:g}"
     done = "" if result["complete"] else " It was interrupted: cases are missing."
     return (
         f"`{result['command']}`, [{name}]({name}). {machine['date']}, commit {machine['commit']}"
         f"{' with changes' if machine['dirty'] else ''}, Python {machine['python']}"
-        f"{', ' if peers else ''}{', '.join(peers)}; load before: {machine['load']:.2f}; {how}, "
-        f"{'cold' if settings['cold'] else 'hot'} caches; λ = {settings['lam']:g}. "
+        f"{''.join(beside)}; load before: {machine['load']:.2f}; {how}, "
+        f"{'cold' if settings['cold'] else 'hot'} caches; λ = {settings['lam']:g}{spread_out}. "
         f"Measured limits: {limits['bandwidth'] / 1e9:.3g} GB/s, {', '.join(rates)}.{done}"
     )
 

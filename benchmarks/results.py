@@ -52,6 +52,18 @@ def rows_of(result: dict, case: Case) -> list[dict]:
     return [row for row in result["rows"] if row["case"] == case.as_dict()]
 
 
+def lost(result: dict, case: Case) -> dict[str, str]:
+    """Providers after which the device did no more work in this case, and what they said."""
+    found = [entry for entry in result.get("lost", []) if entry["case"] == case.as_dict()]
+    return {entry["provider"]: entry["note"] for entry in found}
+
+
+def add_lost(result: dict, case: Case, provider: str, note: str) -> None:
+    """Remember one, so that the run can go on without it."""
+    entry = {"case": case.as_dict(), "provider": provider, "note": note}
+    result.setdefault("lost", []).append(entry)
+
+
 def drop_incomplete(result: dict) -> None:
     """Forget cases of which a row is missing: their providers were to be timed interleaved."""
     wanted = set(result["settings"]["providers"])

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 
 import torch
 
 from . import floors
-from .accuracy import Truth, wrong
+from .accuracy import Outputs, Truth, wrong
 from .cases import Case, draw, gradient_scale
 from .launches import device_work
 from .memory import is_out_of_memory, peak_bytes, too_large
 from .provider import Bound, Provider, UnsupportedError
 from .providers import PRODUCTS
-from .timing import clock_for, graphed, interleaved
+from .timing import Graphs, clock_for, interleaved
 
 NOTE_LENGTH = 200
 
@@ -36,6 +39,15 @@ class Settings:
     quick: bool
     providers: list[str]
     cases: list[dict] = field(default_factory=list)
+    deviation: float = 1.0  # of the logits
+
+
+class DeviceLostError(RuntimeError):
+    """After a provider's failure the device does no more work for this process."""
+
+    def __init__(self, provider: str, note: str) -> None:
+        super().__init__(f"{provider}: {note}")
+        self.provider, self.note = provider, note
 
 
 def measure(
@@ -44,33 +56,48 @@ def measure(
     settings: Settings,
     limits: dict,
     progress: Callable[[str], object] = lambda text: None,
+    lost: Mapping[str, str] = MappingProxyType({}),
 ) -> list[dict]:
     """A row for every provider, whatever becomes of it; benchmarks/schema.json says what is in one.
 
     `progress` is called with the name of each provider when it is about to be checked, and with
-    "timing" at last.
+    "timing" at last. `lost` has those that took the device with them before, which are not tried
+    again, and how.
+
+    Raises:
+        DeviceLostError: one does so now.
     """
     device = torch.device(settings.device)
     torch._dynamo.reset()  # else a case after the eighth shape would run uncompiled
     gc.collect()
     gc.freeze()  # what is there to stay: looking through it takes longer than many a case
-    x, w, y = draw(case, device)
-    truth, scale = Truth(x, w, y), gradient_scale(case)
+    x, w, y = draw(case, device, settings.deviation)
+    truth, scale, graphs = Truth(x, w, y), gradient_scale(case), Graphs()
     rows, calls = [], {}
     for provider in providers:
         progress(provider.name)
         row = _blank(case, provider, settings.lam)
         rows.append(row)
         row["status"], row["note"] = _obstacle(provider, case, device)
+        if provider.name in lost:
+            row["status"], row["note"] = "failed", lost[provider.name]
         if row["status"] == "ok":
             try:
                 bound = provider.bind(x, w, y, case.margin, settings.lam)
                 frozen = provider.bind(x.detach(), w.detach(), y, case.margin, settings.lam)
                 if not provider.limit:
-                    _check(row, truth, bound, scale)
-                calls |= _calls(row, bound, frozen, settings, scale, provider.profiled)
+                    losses = bound.loss().detach(), frozen.evaluate()
+                    outputs = Outputs(bound.step(scale), losses, bound.transposed)
+                    _check(row, truth, outputs, scale)
+                functions = functions_of(bound, frozen, settings, scale)
+                row["peak_bytes"] = peak_bytes(functions[settings.passes[-1]], device)
+                if settings.graph:
+                    check = None if provider.limit else partial(_check_replays, row, truth, scale)
+                    functions = _captured(functions, graphs, bound.transposed, check)
+                calls |= {(provider.name, which): call for which, call in functions.items()}
             except Exception as error:  # a provider may fail in any way, and the others go on
                 _fail(row, error)
+                look_at(device, row)
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -82,6 +109,7 @@ def measure(
     for (name, which), time in times.items():
         if isinstance(time, Exception):
             _fail(by_name[name], time)
+            look_at(device, by_name[name])  # the first that failed is the one to blame
         else:
             by_name[name][which] = time
     for row in rows:
@@ -123,8 +151,17 @@ def _obstacle(provider: Provider, case: Case, device: torch.device) -> tuple[str
     return "ok", ""
 
 
-def _check(row: dict, truth: Truth, bound: Bound, scale: float) -> None:
-    errors = truth.errors(bound, row["margin"], row["lam"], scale)
+def look_at(device: torch.device, row: dict) -> None:
+    """After a failure: DeviceLostError where it was such that all that follows would fail too."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            raise DeviceLostError(row["provider"], row["note"]) from None
+
+
+def _check(row: dict, truth: Truth, outputs: Outputs, scale: float) -> None:
+    errors = truth.errors(outputs, row["margin"], row["lam"], scale)
     reason = wrong(errors, row["case"]["dtype"])
     missing = [name for name in ("dx", "dw") if errors[name] is None]
     if reason:
@@ -135,28 +172,80 @@ def _check(row: dict, truth: Truth, bound: Bound, scale: float) -> None:
     row["errors"] = finite
 
 
-def _calls(
-    row: dict, bound: Bound, frozen: Bound, settings: Settings, scale: float, profiled: bool
-) -> dict[tuple[str, str], Callable[[], object]]:
-    """What is to be timed; memory and launches are taken here, of the longest pass asked for."""
+def _check_replays(row: dict, truth: Truth, scale: float, outputs: Outputs) -> None:
+    """What replays of graphs gave; some of it may not have been asked for."""
+    reason = wrong(truth.errors(outputs, row["margin"], row["lam"], scale), row["case"]["dtype"])
+    if reason:
+        row["status"], row["note"] = "wrong numbers", f"as a graph: {reason}"
 
-    def step() -> tuple:
-        return bound.step(scale)
+
+def functions_of(
+    bound: Bound, frozen: Bound, settings: Settings, scale: float
+) -> dict[str, Callable[[], tuple]]:
+    """What is to be timed, by pass, from the shortest to the longest."""
 
     def forward() -> tuple:
         return (frozen.evaluate(),)
 
+    def step() -> tuple:
+        return bound.step(scale)
+
     functions = {"forward": forward, "forward_backward": step}
-    longest = functions[settings.passes[-1]]
+    return {which: functions[which] for which in settings.passes}
+
+
+def _captured(
+    functions: dict[str, Callable[[], tuple]],
+    graphs: Graphs,
+    transposed: bool,
+    check: Callable[[Outputs], None] | None,
+) -> dict[str, Callable[[], object]]:
+    """The same as replays of CUDA graphs, of which the first is checked."""
+    captured = {which: graphs.capture(function) for which, function in functions.items()}
+    replays = {which: replay for which, (replay, _) in captured.items()}
+    if check is not None:
+        for replay in replays.values():
+            replay()
+        _, gradients = captured.get("forward_backward", (None, (None, None)))
+        _, losses = captured.get("forward", (None, ()))
+        check(Outputs(gradients, losses, transposed))
+    return replays
+
+
+def list_kernels(
+    rows: Sequence[dict],
+    case: Case,
+    providers: Sequence[Provider],
+    settings: Settings,
+    progress: Callable[[str], object] = lambda text: None,
+) -> None:
+    """To the rows of a case: what the longest pass starts on a GPU, of whoever lists it.
+
+    After all cases have been timed: what watches kernels stays with a process and makes starting
+    one slower from then on.
+    """
     device = torch.device(settings.device)
-    row["peak_bytes"] = peak_bytes(longest, device)
-    row["kernels"] = device_work(longest, device) if profiled else None
-    if row["kernels"] is not None:
-        row["launches"] = sum(kernel["calls"] for kernel in row["kernels"])
-    wanted = {which: functions[which] for which in settings.passes}
-    if settings.graph:
-        wanted = {which: graphed(function) for which, function in wanted.items()}
-    return {(row["provider"], which): function for which, function in wanted.items()}
+    x, w, y = draw(case, device, settings.deviation)
+    by_name = {row["provider"]: row for row in rows if to_list(row, providers, device)}
+    for provider in providers:
+        if provider.name in by_name:
+            progress(provider.name)
+            bound = provider.bind(x, w, y, case.margin, settings.lam)
+            frozen = provider.bind(x.detach(), w.detach(), y, case.margin, settings.lam)
+            functions = functions_of(bound, frozen, settings, gradient_scale(case))
+            row = by_name[provider.name]
+            with suppress(torch.OutOfMemoryError):  # what was timed is kept all the same
+                row["kernels"] = device_work(functions[settings.passes[-1]])
+                row["launches"] = sum(kernel["calls"] for kernel in row["kernels"])
+
+
+def to_list(row: dict, providers: Sequence[Provider], device: torch.device) -> bool:
+    """Whether kernels are to be listed in this row that are not yet."""
+    profiled = {provider.name for provider in providers if provider.profiled}
+    timed = row["forward_backward"] or row["forward"]
+    fits = row["status"] in ("ok", "wrong numbers", "no gradient")
+    on_gpu = device.type == "cuda"
+    return bool(on_gpu and fits and timed and row["provider"] in profiled and not row["kernels"])
 
 
 def _fail(row: dict, error: Exception) -> None:

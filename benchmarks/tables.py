@@ -12,6 +12,7 @@ from .providers import OURS, PRODUCTS
 
 PLAIN = CrossEntropy.name
 NONE = "–"
+FEW_SAMPLES = 5
 GRADIENTS = ("dx", "dw", "dw_others")  # what errors are measured of, beside the loss
 
 
@@ -24,14 +25,21 @@ def by_case(result: dict) -> Iterator[tuple[Case, dict[str, dict]]]:
 
 
 def longest(row: dict) -> dict | None:
-    """The time of the longest pass that was taken."""
+    """The time of the longest pass that was taken; None where a pass was not that should have."""
+    if row["status"] in ("failed", "out of memory"):
+        return None
     return row["forward_backward"] or row["forward"]
 
 
 def ranked(rows: Iterable[dict]) -> list[dict]:
     """Losses with right numbers and every gradient asked for, fastest first."""
-    losses = [row for row in rows if row["status"] == "ok" and row["provider"] != PRODUCTS.name]
-    return sorted((row for row in losses if longest(row)), key=lambda row: longest(row)["ms"])
+    losses = [row for row in rows if counts(row) and row["provider"] != PRODUCTS.name]
+    return sorted(losses, key=lambda row: longest(row)["ms"])
+
+
+def counts(row: dict) -> bool:
+    """Whether its time counts: right numbers, every gradient, every pass."""
+    return row["status"] == "ok" and longest(row) is not None
 
 
 def overview(*runs: dict) -> str:
@@ -58,7 +66,7 @@ def overview(*runs: dict) -> str:
             [
                 ", ".join(f"{size:,}".replace(",", " ") for size in case.shape),
                 case.dtype,
-                spread(ours),
+                overall(ours),
                 *(milliseconds(rows.get(n)) for n in (PLAIN, Published.name, MetricLearning.name)),
                 f"{milliseconds(others[0])} {others[0]['provider']}" if others else NONE,
                 milliseconds(rows.get(PRODUCTS.name)),
@@ -86,8 +94,8 @@ def case_table(rows: Sequence[dict]) -> str:
             [
                 str(order.index(row) + 1) if row in order else "",
                 row["provider"],
-                spread(row, "forward"),
-                spread(row, "forward_backward"),
+                spread(row["forward"]),
+                spread(row["forward_backward"]),
                 ratio(row, ours),
                 rate(time.get("tflops")),
                 figures(time.get("products_ratio")),
@@ -169,16 +177,23 @@ def milliseconds(row: dict | None) -> str:
     return figures(time["ms"]) if row["status"] == "ok" else f"({figures(time['ms'])})"
 
 
-def spread(row: dict, which: str | None = None) -> str:
-    """Median (20th to 80th percentile)."""
-    time = row[which] if which else longest(row)
+def overall(row: dict) -> str:
+    """Median and spread of the longest pass; as ``milliseconds`` where that is not ranked."""
+    return spread(longest(row)) if counts(row) else milliseconds(row)
+
+
+def spread(time: dict | None) -> str:
+    """Median (20th to 80th percentile); and of how many samples where they are few."""
     if time is None:
         return NONE
-    return f"{figures(time['ms'])} ({figures(time['ms_20'])} to {figures(time['ms_80'])})"
+    words = [f"{figures(time['ms_20'])} to {figures(time['ms_80'])}"]
+    if time["samples"] < FEW_SAMPLES:
+        words = [*(words if time["samples"] > 1 else []), f"of {time['samples']}"]
+    return f"{figures(time['ms'])} ({', '.join(words)})"
 
 
 def ratio(row: dict, other: dict | None) -> str:
-    if other is None or longest(row) is None or longest(other) is None:
+    if other is None or not counts(row) or not counts(other):
         return NONE
     return f"{longest(row)['ms'] / longest(other)['ms']:.2f}"
 

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -60,26 +61,36 @@ def clock_for(device: torch.device, cold: bool = False) -> Clock:
     return (DeviceClock if device.type == "cuda" else Clock)(device, cold)
 
 
-def graphed(function: Function) -> Function:
-    """The function as a captured CUDA graph, replayed. RuntimeError where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
-            function()
-    except RuntimeError:
-        torch.cuda.set_stream(stream)  # torch leaves the capture's where it cannot end one
-        raise
+class Graphs:
+    """Captures functions as CUDA graphs, which have one pool of memory: replays never overlap."""
 
-    def replay(function: Function = function) -> None:  # whose tensors the graph reads
-        graph.replay()
+    def __init__(self) -> None:
+        self._pool = None
 
-    return replay
+    def capture(self, function: Function) -> tuple[Function, Any]:
+        """What replays the function, and the outputs that a replay fills. RuntimeError where it
+        can't be captured.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                outputs = function()
+        except RuntimeError:
+            self._pool = None  # torch takes no further capture into the pool of one that failed
+            torch.cuda.set_stream(stream)  # torch leaves the capture's where it cannot end one
+            raise
+        self._pool = graph.pool()
+
+        def replay(function: Function = function) -> None:  # whose tensors the graph reads
+            graph.replay()
+
+        return replay, outputs
 
 
 def interleaved(

@@ -11,6 +11,7 @@ python=$1 folder=$2 end=$3
 cd "$(dirname "$0")"
 failed=$folder/failed.txt
 : >"$failed"
+rm -f "$folder/benchmark.json"  # of the last time: no run writes over a result
 eval "pytest_args=(${PYTEST_ARGS:-})"  # with the quotes in it
 selection=()  # of them what says which tests, not how much pytest says
 for argument in "${pytest_args[@]}"; do

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import harness  # noqa: F401  (makes `import benchmarks` work)
-from benchmarks import accuracy, cases, floors
+from benchmarks import accuracy, cases, floors, timing
 from benchmarks.cases import Case
 from benchmarks.peers import CrossEntropy, LinearCrossEntropy, MetricLearning, Published
 from benchmarks.provider import UnsupportedError
@@ -24,9 +24,10 @@ from benchmarks.providers import (
     Regime,
     regime_of,
 )
+from benchmarks.run import DeviceLostError, list_kernels, to_list
 from benchmarks.tables import ranked
 from lsoftmax import functional, reference
-from measuring import CASE, CPU, named, run
+from measuring import CASE, CPU, named, run, settings_for
 from problems import problem, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,6 +163,44 @@ def test_float16_gradients_are_scaled_for_everyone():
         assert row["errors"]["dw_others"] < 0.2
 
 
+def test_a_float16_loss_is_not_scaled_beyond_its_range():
+    case = Case(2048, 8, 100, "float16", 2)  # log 100 times 32768 is beyond 65504
+    rows = run(OURS, CrossEntropy(), case=case)
+    assert [row["status"] for row in rows.values()] == ["ok", "ok"], rows
+
+
+def test_the_forward_pass_without_gradients_is_checked_too():
+    def wrong_without_gradients(x, w, y, margin, lam):
+        loss = reference.lsoftmax_loss(x, w, y, margin, lam)
+        return loss if torch.is_grad_enabled() else loss - 7
+
+    rows = run(named("culprit", wrong_without_gradients))
+    assert rows["culprit"]["status"] == "wrong numbers"
+    assert rows["culprit"]["note"].startswith("loss off by")
+
+
+@pytest.mark.parametrize(("part", "said"), [(0, "loss"), (1, "dx"), (2, "dw")])
+def test_replays_are_checked(monkeypatch, part, said):
+    """The first replay's outputs, here those of a capture that spoils one of the three."""
+
+    class Spoiling(timing.Graphs):
+        def capture(self, function):
+            outputs = [output.detach().clone() for output in function()]
+            index = part if len(outputs) == 1 else part - 1
+
+            def replay():
+                if 0 <= index < len(outputs):
+                    outputs[index] += 1
+
+            return replay, tuple(outputs)
+
+    monkeypatch.setattr("benchmarks.run.Graphs", Spoiling)
+    rows = run(OURS, PRODUCTS, graph=True)
+    assert rows[OURS.name]["status"] == "wrong numbers"
+    assert rows[OURS.name]["note"].startswith(f"as a graph: {said} off by")
+    assert rows[PRODUCTS.name]["status"] == "ok"
+
+
 # ---- failures -----------------------------------------------------------------------------------
 
 
@@ -211,6 +250,55 @@ def test_one_that_fails_only_when_timed():
     assert (rows["late"]["status"], rows["late"]["note"]) == ("failed", "too late")
     assert rows["late"]["forward_backward"] is None
     assert rows[OURS.name]["forward_backward"]["samples"] > 1
+
+
+@pytest.mark.parametrize("when", ["checked", "timed"])
+def test_a_device_that_is_lost_ends_the_run_with_the_name_of_who_lost_it(monkeypatch, when):
+    """After such an error all that follows fails; the next run passes over the culprit."""
+    calls = iter(range(10**6))
+    lost_from = {"checked": 0, "timed": 6}[when]
+
+    def culprit(x, w, y, margin, lam):
+        if next(calls) >= lost_from:
+            raise RuntimeError("an illegal memory access")
+        return reference.lsoftmax_loss(x, w, y, margin, lam)
+
+    def look_at(device, row):  # as on a GPU
+        raise DeviceLostError(row["provider"], row["note"])
+
+    monkeypatch.setattr("benchmarks.run.look_at", look_at)
+    with pytest.raises(DeviceLostError, match="culprit: an illegal memory access") as lost:
+        run(named("culprit", culprit), OURS)
+    assert (lost.value.provider, lost.value.note) == ("culprit", "an illegal memory access")
+    rows = run(named("culprit", culprit), OURS, lost={"culprit": "an illegal memory access"})
+    assert rows["culprit"]["status"] == "failed"
+    assert rows["culprit"]["note"] == "an illegal memory access"
+    assert rows[OURS.name]["status"] == "ok"
+
+
+def test_kernels_are_listed_of_what_was_timed(monkeypatch):
+    listed = [{"name": "kernel", "calls": 3, "us": 1.0}, {"name": "copy", "calls": 2, "us": 0.5}]
+    shapes = []
+
+    def device_work(step):
+        shapes.append([tuple(gradient.shape) for gradient in step()])
+        return listed
+
+    providers = [OURS, LinearCrossEntropy()]
+    settings = settings_for(CPU)
+    rows = list(run(*providers).values())
+    gpu = torch.device("cuda")
+    assert [to_list(row, providers, gpu) for row in rows] == [True, False], "one lists none"
+    assert not to_list(rows[0], providers, CPU)
+    assert not to_list(rows[0] | {"status": "failed"}, providers, gpu)
+    assert not to_list(rows[0] | {"kernels": listed}, providers, gpu)
+    monkeypatch.setattr("benchmarks.run.device_work", device_work)
+    monkeypatch.setattr("benchmarks.run.to_list", lambda row, *_: row is rows[0])
+    list_kernels(rows, CASE, providers, settings)
+    assert rows[0]["kernels"] == listed
+    assert rows[0]["launches"] == 5
+    assert shapes == [[(CASE.n, CASE.d), (CASE.c, CASE.d)]]
+    assert rows[1]["launches"] is None
 
 
 def test_a_budget_is_kept_where_not_all_fits() -> None:
