@@ -6,7 +6,7 @@ A step, for a global batch of N rows on R processes:
 2. ``shard_fwd``: the sums of each row over this process's classes, against a reference of its own;
 3. all-reduce N references (their maximum) and then a few sums a row, rescaled to it: with them
    every process has the loss of the whole batch, and backward's numbers for its own shard;
-4. backward: reduce-scatter dX, N D, while the product for dW runs; dW stays where it is.
+4. backward: reduce-scatter dX, N D, begun before the product for dW; dW stays where it is.
 
 Every process's batch is padded with ignored rows to the size of the largest.
 """
@@ -131,9 +131,9 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         labels, kept, here = targets
         dtype = accumulate_type(input.dtype)
-        x = all_gather(input, options.size, 0.0, options.group)
-        if kept is not None:
-            x = torch.where(kept.unsqueeze(1), x, 0.0)  # may be NaN, and 0 * NaN is not 0
+        own = input if kept is None else _kept_rows(input, kept, options)
+        x = all_gather(own, options.size, 0.0, options.group)
+        del own
         e, sums, cosines = _shard_sums(x, linear_weight, here, lam, smoothing, options)
         own_reference = sums[0]
         margins, totals, cosine = _all_reduce(sums, here, cosines, options)
@@ -210,6 +210,16 @@ def _backward(
         work.wait()
         dx = mine[:n].mul_(options.input_factor).to(x.dtype)
     return [dx, dw if need_weight else None]
+
+
+def _kept_rows(input: Tensor, kept: Tensor, options: Options) -> Tensor:
+    """This process's features, 0 where ignored: they may be NaN there, and 0 * NaN is not 0.
+
+    Before they are gathered, when there is the least of them. It is done in every step on a GPU,
+    where nobody looks whether any row is ignored.
+    """
+    start = options.group.rank() * options.size
+    return torch.where(kept[start : start + input.shape[0]].unsqueeze(1), input, 0.0)
 
 
 def _shard_sums(

@@ -15,6 +15,18 @@ from torch.distributed.tensor import DTensor, Shard
 _BLOCK = 1 << 14
 
 
+def device_of(
+    process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device | str | int | None
+) -> torch.device:
+    """Where the module is to be. None: on torch's default device, or where the mesh is."""
+    where = torch.empty(0, device=device).device
+    if device is not None or where.type == "meta" or not isinstance(process_group, DeviceMesh):
+        return where
+    if where.type == process_group.device_type:
+        return where
+    return torch.empty(0, device=process_group.device_type).device
+
+
 def mesh_of(
     process_group: dist.ProcessGroup | DeviceMesh | None, device: torch.device
 ) -> DeviceMesh:
@@ -23,7 +35,8 @@ def mesh_of(
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
         TypeError: what is neither a group nor a mesh.
-        ValueError: a mesh of several dimensions.
+        ValueError: a mesh of several dimensions, of another type of device, or in another order
+            than its group.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
@@ -42,6 +55,14 @@ def mesh_of(
         raise ValueError(
             f"process_group: expected a DeviceMesh of 1 dimension (mesh[name]), got one of "
             f"{process_group.ndim}: {process_group}"
+        )
+    if process_group.device_type != device.type:
+        raise ValueError(f"device: expected the mesh's, {process_group.device_type}, got {device}")
+    order = process_group.mesh.tolist()
+    ranks = dist.get_process_group_ranks(process_group.get_group())
+    if order != ranks:  # rows are dealt out by the one and saved by the other
+        raise ValueError(
+            f"process_group: expected a DeviceMesh in the order of its group, {ranks}, got {order}"
         )
     return process_group
 

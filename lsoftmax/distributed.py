@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from . import checks, class_parallel, functional, shard_stats
 from .class_parallel import Options, Targets, gather_targets
-from .class_shard import ClassShard, mesh_of
+from .class_shard import ClassShard, device_of, mesh_of
 from .diagnostics import MarginStats, wide
 from .margin import accumulate_type
 from .modules import _Annealed
 from .plan import choose
-from .sampling import ClassSampling
+from .sampling import ClassSampling, check_sampling
 from .schedule import LambdaSchedule
 
 __all__ = ["ClassParallelLSoftmaxLoss", "clip_grad_norm_"]
@@ -57,8 +58,8 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         in_features: D, the size of a feature.
         num_classes: C, one row of W each.
         margin: integer m >= 1; 1 is plain softmax.
-        process_group: a ``ProcessGroup``, a 1-D ``DeviceMesh`` (``mesh["name"]`` of a larger one),
-            or None for all processes.
+        process_group: a ``ProcessGroup``, a 1-D ``DeviceMesh`` (``mesh["name"]`` of a larger one)
+            with the ranks in the order of its group, or None for all processes.
         sample_rate: share of each process's classes in a training step, in (0, 1]. Of
             fewer classes than the global batch has rows all are taken, and of more at least as many
             as it has rows: any of them may be a target. Rows of W outside the sample keep a
@@ -70,7 +71,8 @@ class ClassParallelLSoftmaxLoss(_Annealed):
             with nothing but NCCL waits for the device.) Every batch is padded to it, and the
             gradient of the features is computed even where no process wants it.
         averaged: see above.
-        device: of the module; the group must have a backend for it.
+        device: of the module; the group must have a backend for it. None: torch's default, or where
+            the ``DeviceMesh`` is.
         lam, dtype, reduction, ignore_index, label_smoothing: as for :class:`lsoftmax.LSoftmaxLoss`.
         weight: (C,) class weights, whole on every process.
         memory_budget: bytes that what is N x C / R may take; where it is not enough the loss is
@@ -83,8 +85,8 @@ class ClassParallelLSoftmaxLoss(_Annealed):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
-        RuntimeError: ``torch.distributed`` is not initialised, or another process has failed (with
-            NCCL torch ends this one instead).
+        RuntimeError: ``torch.distributed`` is not initialised, or another process has failed and
+            gloo notices (where it is NCCL torch ends this one instead; docs/distributed.md).
         IndexError: a target outside [0, C), on a CPU, on every process; on CUDA the loss is NaN.
 
     Example:
@@ -129,8 +131,8 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         budget = checks.check_memory_budget(memory_budget)
         if weight is not None:
             checks.check_class_weight(weight, num_classes)
-        _check_sampling(sample_rate, label_smoothing)
-        where = torch.empty(0, device=device).device
+        check_sampling(sample_rate, label_smoothing)
+        where = device_of(process_group, device)
         if where.type == "meta":
             raise ValueError("device: expected one that the group communicates on, got meta")
         mesh = mesh_of(process_group, where)
@@ -139,8 +141,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         self._init_margin(margin, lam, where)
         self.register_buffer("weight", None if weight is None else weight.to(where))
         self.sampling = ClassSampling(sample_rate, seed, where) if sample_rate < 1 else None
-        on_host = "cpu" in dist.get_backend_config(self.process_group)
-        self._sizes_device = torch.device("cpu") if on_host else where
+        self._sizes_on_host = "cpu" in dist.get_backend_config(self.process_group)
         self.max_local_batch = max_local_batch
         self.averaged = averaged
         self.reduction = reduction
@@ -158,14 +159,19 @@ class ClassParallelLSoftmaxLoss(_Annealed):
     @torch.compiler.disable
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss; a training forward with gradients enabled advances the schedule by one step."""
-        x, w = functional.autocast(input, self.linear.local())
-        self._check(x, w, target)
+        w = self.linear.local()
+        x, in_type = functional.autocast(input, w[:0])
+        self._check(x, in_type, target)
         checks.check_constant("weight", self.weight)
         size, needs_grad = self._agree(x)
+        if needs_grad and not (x.requires_grad or w.requires_grad):
+            # Others have a backward pass: so that there is one here too, or they wait for ever.
+            x = x.detach().requires_grad_()
         group, classes = self.process_group, self.linear.classes
         targets = gather_targets(target, size, classes, self.num_classes, self.ignore_index, group)
         if self.sampling is not None and self.training and torch.is_grad_enabled():
             w, targets = self._sample(self.sampling, w, targets)
+        w = w.to(in_type.dtype)  # autocast's, of no more rows than take part
 
         dtype = accumulate_type(x.dtype)
         weight = None if self.weight is None else self.weight.to(dtype)
@@ -239,7 +245,8 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         if self.max_local_batch is not None:  # so that all do the same, whatever the others need
             return self.max_local_batch, torch.is_grad_enabled()
         needs_grad = torch.is_grad_enabled() and x.requires_grad
-        largest = torch.tensor([x.shape[0], needs_grad], device=self._sizes_device)
+        device = "cpu" if self._sizes_on_host else x.device
+        largest = torch.tensor([x.shape[0], needs_grad], device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.process_group)
         size, any_needs_grad = largest.tolist()
         return size, bool(any_needs_grad)
@@ -288,25 +295,29 @@ def clip_grad_norm_(
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             of_mesh.setdefault(mesh, []).append(parameter)
-    norms = []
-    for alike in of_mesh.values():
-        norm = get_total_norm([p.grad for p in alike if p.grad is not None], norm_type)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norms = [
+        _norm([p.grad for p in alike if p.grad is not None], mesh, norm_type)
+        for mesh, alike in of_mesh.items()
+    ]
     total = get_total_norm(norms, norm_type)
     for alike in of_mesh.values():  # plain ones and DTensors do not mix in one operation
         clip_grads_with_norm_(alike, max_norm, total)
     return total
 
 
-def _check_sampling(sample_rate: float, label_smoothing: float) -> None:
-    if not checks.is_number(sample_rate):
-        raise TypeError(
-            f"sample_rate: expected a number in (0, 1], got {type(sample_rate).__name__}"
-        )
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate}")
-    if sample_rate < 1 and label_smoothing > 0:
-        raise ValueError(
-            "label_smoothing: expected 0 with sample_rate < 1, for it needs all logits, got "
-            f"{label_smoothing}"
-        )
+def _norm(gradients: list[Tensor], mesh: DeviceMesh | None, norm_type: float) -> Tensor:
+    """Of all of them, with all their shards: the same on every process of the mesh."""
+    if float(norm_type) != math.inf:
+        norm = get_total_norm(gradients, norm_type)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    # By hand, for torch refuses the largest of nothing, which a process without rows has.
+    parts = []
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            whole = [Replicate() if p.is_partial() else p for p in gradient.placements]
+            gradient = gradient.redistribute(placements=whole).to_local()
+        parts.append(gradient if gradient.numel() > 0 else gradient.new_zeros(1))
+    norm = get_total_norm(parts, norm_type)
+    for group in [] if mesh is None else mesh.get_all_groups():
+        dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)
+    return norm

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import checks
+
 
 class ClassSampling(nn.Module):
     """Keeps the classes that are targets, and random others up to a share of the shard.
@@ -18,7 +20,8 @@ class ClassSampling(nn.Module):
 
     Args:
         rate: in (0, 1).
-        seed: with the number of draws so far and the shard's rank it decides the sample.
+        seed: with the number of draws so far and the shard's rank it decides the sample (another
+            one on a GPU than on a CPU).
         device: of the classes.
 
     Attributes:
@@ -32,7 +35,6 @@ class ClassSampling(nn.Module):
         self.rate, self.seed = rate, seed
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
         self._drawn = 0  # the same on the host
-        self._generator = torch.Generator(device)
 
     @torch.no_grad()
     def forward(self, target: Tensor, num_classes: int, rank: int, again: bool = False) -> Tensor:
@@ -46,9 +48,10 @@ class ClassSampling(nn.Module):
         """
         draw = self._drawn - 1 if again else self._drawn
         sequence = np.random.SeedSequence((self.seed, rank, draw))
-        self._generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        generator = torch.Generator(target.device)  # the module may have been moved
+        generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         size = self.size(num_classes, target.shape[0])
-        keys = torch.rand(num_classes + 1, generator=self._generator, device=target.device)
+        keys = torch.rand(num_classes + 1, generator=generator, device=target.device)
         keys.index_fill_(0, torch.where(target < 0, num_classes, target), 2.0)
         return keys[:num_classes].topk(size).indices.sort().values
 
@@ -72,3 +75,18 @@ class ClassSampling(nn.Module):
         state_dict.setdefault(prefix + "draws", torch.zeros_like(self.draws))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._drawn = int(self.draws)
+
+
+def check_sampling(sample_rate: float, label_smoothing: float) -> None:
+    """Raises TypeError or ValueError."""
+    if not checks.is_number(sample_rate):
+        raise TypeError(
+            f"sample_rate: expected a number in (0, 1], got {type(sample_rate).__name__}"
+        )
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate}")
+    if sample_rate < 1 and label_smoothing > 0:
+        raise ValueError(
+            "label_smoothing: expected 0 with sample_rate < 1, for it needs all logits, got "
+            f"{label_smoothing}"
+        )

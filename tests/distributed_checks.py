@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import lsoftmax
 from distributed_run import World, assert_close, plain_twin, same_everywhere
@@ -195,6 +197,43 @@ def mesh_dimension(world: World) -> None:
         rows = slice(start, start + mine.shape[0])
         assert_close(mine.grad / 2, whole.grad[rows], "dX")
         assert_close(head.linear.weight.grad.full_tensor(), twin.linear.weight.grad, "dW")
+
+
+def mesh_backwards(world: World) -> None:
+    """A mesh whose order is not that of its group: rows would be saved in each other's places."""
+    ranks = list(range(world.size))
+    mesh = DeviceMesh("cpu", ranks[::-1])
+    text = re.escape(f"expected a DeviceMesh in the order of its group, {ranks}, got {ranks[::-1]}")
+    with pytest.raises(ValueError, match=text):
+        ClassParallelLSoftmaxLoss(D, C, process_group=mesh)
+    ClassParallelLSoftmaxLoss(D, C, process_group=DeviceMesh("cpu", ranks))
+
+
+def other_devices(world: World) -> None:
+    """The layer is where its mesh is, and what it makes in a step is where the features are,
+    wherever the layer was made. "meta" stands for a second device.
+    """
+    mesh = DeviceMesh.from_group(dist.group.WORLD, "meta")
+    with pytest.raises(ValueError, match="communicates on, got meta"):  # not W there, lam here
+        ClassParallelLSoftmaxLoss(D, C, process_group=mesh)
+    with pytest.raises(ValueError, match="device: expected the mesh's, meta, got cpu"):
+        ClassParallelLSoftmaxLoss(D, C, process_group=mesh, device="cpu")
+    asked, cpu_generator = [], torch.Generator()
+
+    def generator(device: torch.device) -> torch.Generator:
+        asked.append(torch.device(device))
+        return cpu_generator
+
+    far = torch.device("meta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        patch.setattr(dist, "all_reduce", lambda sizes, *_, **__: asked.append(sizes.device))
+        patch.setattr(torch, "Generator", generator)
+        head = ClassParallelLSoftmaxLoss(D, C, sample_rate=0.5)
+        with pytest.raises(RuntimeError, match="meta"):  # that asks for numbers
+            head._agree(torch.empty(2, D, device=far))
+        head.sampling(torch.empty(4, dtype=torch.int64, device=far), C, 0)
+    assert asked[-2:] == [far, far]
 
 
 def arguments(world: World) -> None:

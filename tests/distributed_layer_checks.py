@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lsoftmax
-from distributed_run import World, assert_close, same_everywhere
+from distributed_run import World, assert_close, plain_twin, same_everywhere
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss
 from problems import nearest
 
@@ -97,3 +97,25 @@ def stats(world: World) -> None:
             head.margin_stats(x[:1], torch.tensor([-100]))
     with pytest.raises(TypeError, match=r"got a DTensor: .* margin_stats\(input, target\)"):
         lsoftmax.margin_stats(x, head.linear.weight, y)
+
+
+def lam_of_groups(world: World) -> None:
+    """On a mesh each group of classes follows the angle of its own batches, and lam drifts apart,
+    until the buffers are sent as the documentation says.
+    """
+    mesh = dist.init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("data", "class"))
+    head = ClassParallelLSoftmaxLoss(D, C, margin=3, process_group=mesh["class"])
+    twin = plain_twin(head)
+    torch.manual_seed(world.seed + mesh.get_local_rank("data"))
+    for _ in range(4):
+        x = torch.randn(ROWS, D)
+        y = nearest(x, twin)
+        head(x, y).backward()
+    assert not same_everywhere(head.schedule.share), "nothing to be sent"
+    for buffer in head.schedule.buffers():
+        dist.broadcast(buffer, group_src=0, group=mesh.get_group("data"))
+    assert head.schedule.steps == 4
+    assert head.schedule.share > 0
+    assert same_everywhere(head.schedule.upcoming())
+    head(x, y)  # and goes on
+    assert head.schedule.steps == 5

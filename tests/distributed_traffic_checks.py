@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed_checks import C, D, batch
-from distributed_run import World
+from distributed_run import World, assert_close, plain_twin
 from lsoftmax import class_parallel
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss
 
@@ -40,17 +40,19 @@ def volume(world: World) -> None:
     for rows in (4, 16):
         n = rows * world.size
         counts = []
-        for options in ({}, {"max_local_batch": rows}, {"max_local_batch": rows, "lam": 1.0}):
+        known = {"max_local_batch": rows}
+        for options in ({}, known, {**known, "lam": 1.0}, {**known, "reduction": "none"}):
             head = ClassParallelLSoftmaxLoss(D, C, **options)
             with Volume() as counted:
                 x = torch.randn(rows, D, requires_grad=True)
-                head(x, torch.randint(C, (rows,))).backward()
+                head(x, torch.randint(C, (rows,))).sum().backward()
             counts.append(counted.numbers)
         gathered = {"_allgather_base_": n * D + n, "_reduce_scatter_base_": n * D}
         assert counts == [
             {**gathered, "allreduce_": 9 * n + 2},  # and the size of the largest batch
             {**gathered, "allreduce_": 9 * n},
             {**gathered, "allreduce_": 8 * n},  # no angle to be measured
+            {**gathered, "allreduce_": 9 * n + n},  # and what the losses are multiplied by
         ]
 
 
@@ -71,6 +73,70 @@ def frozen_backbone(world: World) -> None:
     mine = x[world.rows].clone().requires_grad_(world.rank == 0)
     head(mine, y[world.rows]).backward()
     assert (mine.grad is not None) == (world.rank == 0)
+
+
+def frozen_classes(world: World) -> None:
+    """W frozen, and one process alone wants the gradient of its features: right there, and no other
+    process, the one without rows among them, raises or leaves it waiting.
+    """
+    x, y = batch(world)
+    for size in (None, max(world.sizes)):
+        for wanted in range(world.size):
+            head = ClassParallelLSoftmaxLoss(D, C, dtype=torch.float64, max_local_batch=size)
+            head.linear.weight.requires_grad_(False)
+            twin = plain_twin(head)
+            rows = x.clone().requires_grad_()
+            twin(rows, y).backward()
+            mine = x[world.rows].clone().requires_grad_(world.rank == wanted)
+            head(mine, y[world.rows]).backward()
+            assert (mine.grad is not None) == (world.rank == wanted)
+            if world.rank == wanted:
+                assert_close(mine.grad / world.size, rows.grad[world.rows], "dX")
+            assert head.linear.weight.grad is None
+
+
+class Made(TorchDispatchMode):
+    """The matrices that operations return, by shape and type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices: Counter[tuple[tuple[int, ...], torch.dtype]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dim() == 2:
+            self.matrices[tuple(out.shape), out.dtype] += 1
+        return out
+
+
+def features_once(world: World) -> None:
+    """The gathered features are there once, also where rows are ignored: each process takes out its
+    own before they set out. (On a GPU, where nobody looks, any row may be.)
+    """
+    x, y = batch(world)
+    y[0] = -100
+    size = max(world.sizes)
+    head = ClassParallelLSoftmaxLoss(D, C, dtype=torch.float64, max_local_batch=size)
+    with Made() as made:
+        head(x[world.rows].requires_grad_(), y[world.rows])
+    assert made.matrices[(size * world.size, D), torch.float64] == 1
+
+
+def sample_is_cast(world: World) -> None:
+    """Under autocast the sampled rows of W go to bfloat16 and back, not all of the shard."""
+    many = 40 * world.size
+    head = ClassParallelLSoftmaxLoss(D, many, sample_rate=0.5, lam=1.0)
+    n = sum(world.sizes)
+    x, y = torch.randn(n, D, requires_grad=True), torch.randint(many, (n,))
+    with Made() as made:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = head(x[world.rows], y[world.rows])
+        loss.backward()
+    assert made.matrices[(20, D), torch.bfloat16] > 0
+    assert made.matrices[(40, D), torch.bfloat16] == 0
+    grad = head.linear.weight.grad
+    assert grad.dtype == torch.float32
+    assert 0 < grad.to_local().any(1).sum() <= 20
 
 
 class Order(TorchDispatchMode):

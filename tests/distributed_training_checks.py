@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -149,6 +150,72 @@ def compiled_under_autocast(world: World) -> None:
     both = torch.compile(lambda x, y: head(backbone(x), y), backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(both(x[world.rows], y[world.rows]), truth, "the head compiled too", 1e-6)
+
+
+def clipped_by_the_largest(world: World) -> None:
+    """The infinity norm where the last process has no class: torch knows no largest of nothing."""
+    few = 2 * world.size - 2
+    head = ClassParallelLSoftmaxLoss(D, few, dtype=torch.float64)
+    assert (len(head.linear.classes) == 0) == (world.rank == world.size - 1)
+    twin = plain_twin(head)
+    n = sum(world.sizes)
+    x, y = torch.randn(n, D, dtype=torch.float64), torch.randint(few, (n,))
+    plain = [nn.Parameter(torch.zeros(size)) for size in (3, 0)]  # one without numbers
+    for scale in (0.0, 100.0):  # the largest is in W, then not
+        for layer, rows in ((head, world.rows), (twin, slice(None))):
+            layer.zero_grad()
+            layer(x[rows], y[rows]).backward()
+        for parameter in plain:
+            parameter.grad = torch.full_like(parameter, scale)
+        largest = max(scale, twin.linear.weight.grad.abs().max().item())
+        expected = twin.linear.weight.grad * (1e-3 / largest)
+        norm = clip_grad_norm_([*head.parameters(), *plain], 1e-3, torch.inf)
+        assert_close(norm, torch.tensor(largest), "norm", 1e-6)
+        assert same_everywhere(norm)
+        assert_close(whole(head.linear.weight.grad), expected, "gradient", 1e-5)
+
+
+def scaled_gradients(world: World) -> None:
+    """A GradScaler with an optimizer for the backbone and one for the head, as docs/distributed.md
+    has it: the training of one process. Where the rows of one process alone overflow all processes
+    pass over that step, and lower the scale; the last one has no rows.
+    """
+    twin_backbone = backbone_of(torch.float32)
+    backbone = DistributedDataParallel(copy.deepcopy(twin_backbone))
+    few = 2 * world.size - 2
+    head = ClassParallelLSoftmaxLoss(D, few, lam=1.0)
+    twin = plain_twin(head, lam=1.0)
+    trained = (backbone, head, world.rows), (twin_backbone, twin, slice(None))
+    optimizers = [[sgd(body), sgd(last)] for body, last, _ in trained]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=256.0) for _ in trained]
+    for number, (x, y) in enumerate(batches(world, 4)):
+        bad, overflow = number in (1, 2), (torch.inf, torch.nan)[number % 2]
+        before = whole(head.linear.weight).clone()
+        for (body, last, rows), both, scaler in zip(trained, optimizers, scalers, strict=True):
+            scaler.scale(last(body(x[rows].float()), y[rows] % few)).backward()
+            if bad and last is twin:
+                last.linear.weight.grad[0, 0] = overflow
+            elif bad and world.rank == 0:
+                last.linear.weight.grad.to_local()[0, 0] = overflow
+            for optimizer in both:
+                scaler.unscale_(optimizer)
+            clip = clip_grad_norm_ if last is head else nn.utils.clip_grad_norm_
+            norm = clip([*body.parameters(), *last.parameters()], 0.05)
+            assert norm.isfinite() == (not bad)
+            for optimizer in both:
+                if norm.isfinite():
+                    scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale() == 256.0 / 2 ** min(number, 2)
+        assert torch.equal(whole(head.linear.weight), before) == bad
+    assert_close(whole(head.linear.weight), twin.linear.weight, "W", 1e-5)
+    for ours, theirs in zip(backbone.parameters(), twin_backbone.parameters(), strict=True):
+        assert_close(ours, theirs, "parameter", 1e-5)
+    scalers[0].scale(head(backbone(x[world.rows].float()), y[world.rows] % few)).backward()
+    together = sgd(backbone, head)
+    with pytest.raises(RuntimeError, match=r"got mixed torch\.Tensor and DTensor"):
+        scalers[0].step(together)  # as the documentation says
 
 
 def sampled(world: World) -> None:

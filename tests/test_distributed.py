@@ -24,7 +24,12 @@ EVERYWHERE = (
     "distributed_checks:targets_of_one_shard",
 )
 CHECKS = {
-    1: ("distributed_checks:arguments", "distributed_layer_checks:stats", *EVERYWHERE),
+    1: (
+        "distributed_checks:arguments",
+        "distributed_checks:other_devices",
+        "distributed_layer_checks:stats",
+        *EVERYWHERE,
+    ),
     2: (
         *EVERYWHERE,
         "distributed_training_checks:data_parallel",
@@ -36,8 +41,11 @@ CHECKS = {
         "distributed_traffic_checks:volume",
         "distributed_traffic_checks:dx_travels_meanwhile",
         "distributed_layer_checks:annealed",
+        "distributed_traffic_checks:features_once",
+        "distributed_traffic_checks:sample_is_cast",
         "distributed_checks:no_rows",
         "distributed_checks:twice",
+        "distributed_checks:mesh_backwards",
     ),
     3: (
         *EVERYWHERE,
@@ -46,6 +54,9 @@ CHECKS = {
         "distributed_state_checks:whole_state_dicts",
         "distributed_layer_checks:stats",
         "distributed_traffic_checks:frozen_backbone",
+        "distributed_traffic_checks:frozen_classes",
+        "distributed_training_checks:clipped_by_the_largest",
+        "distributed_training_checks:scaled_gradients",
         "distributed_checks:target_outside",
     ),
     4: (
@@ -54,6 +65,7 @@ CHECKS = {
         "distributed_layer_checks:stats",
         "distributed_traffic_checks:volume",
         "distributed_checks:mesh_dimension",
+        "distributed_layer_checks:lam_of_groups",
     ),
     8: (
         *EVERYWHERE,

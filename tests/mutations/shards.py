@@ -65,8 +65,8 @@ FAULTS = [
     parallel(
         "NaN of an ignored row goes everywhere",
         "class_parallel.py",
-        "x = torch.where(kept.unsqueeze(1), x, 0.0)",
-        "x = x.clone()",
+        "return torch.where(kept[start : start + input.shape[0]].unsqueeze(1), input, 0.0)",
+        "return input",
         world(2, "distributed_checks:ignored_rows"),
     ),
     parallel(
@@ -124,6 +124,27 @@ FAULTS = [
         "total = get_total_norm(norms, norm_type)",
         "total = get_total_norm(norms[:1], norm_type)",
         world(2, "distributed_training_checks:data_parallel"),
+    ),
+    parallel(
+        "the largest gradient is that of this process's rows",
+        "distributed.py",
+        "        dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)\n",
+        "        pass\n",
+        world(3, "distributed_training_checks:clipped_by_the_largest"),
+    ),
+    parallel(
+        "a process that wants no gradient has no backward pass",
+        "distributed.py",
+        "if needs_grad and not (x.requires_grad or w.requires_grad):",
+        "if False:",
+        world(3, "distributed_traffic_checks:frozen_classes"),
+    ),
+    parallel(
+        "rows of W are dealt out by a group and saved by a mesh of another order",
+        "class_shard.py",
+        "if order != ranks:",
+        "if False:",
+        world(2, "distributed_checks:mesh_backwards"),
     ),
     parallel(
         "rows that another process saved are taken",
