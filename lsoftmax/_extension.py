@@ -64,9 +64,16 @@ def read_build_info(directory: Path) -> dict[str, Any]:
 
 
 def _abi(version: str) -> str:
-    """The part of a torch version that an extension depends on: releases keep it within a minor."""
+    """The part of a torch version that an extension depends on: releases keep it within a minor;
+    others may change it from commit to commit, which is what their local part names.
+    """
     public = version.partition("+")[0]
-    return public if re.search("[a-z]", public) else ".".join(public.split(".")[:2])
+    return version if re.search("[a-z]", public) else ".".join(public.split(".")[:2])
+
+
+def _shown(version: str) -> str:
+    """A torch version as far as it counts: of a release without its local part."""
+    return version if _abi(version) == version else version.partition("+")[0]
 
 
 def why_unfit(info: dict[str, Any], torch_version: str, cuda: str | None) -> str:
@@ -78,8 +85,8 @@ def why_unfit(info: dict[str, Any], torch_version: str, cuda: str | None) -> str
     if built and (_abi(built), built_cuda) != (_abi(torch_version), cuda):
         here = f"CUDA {cuda}" if cuda else "no CUDA"
         return (
-            f"The kernels were built for torch {built.partition('+')[0]} (CUDA {built_cuda}), "
-            f"this is torch {torch_version.partition('+')[0]} ({here}). {_REINSTALL}"
+            f"The kernels were built for torch {_shown(built)} (CUDA {built_cuda}), "
+            f"this is torch {_shown(torch_version)} ({here}). {_REINSTALL}"
         )
     return ""
 

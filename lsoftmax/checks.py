@@ -201,6 +201,16 @@ def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
         raise ValueError(f"{name}: expected on {input.device} like input, got {tensor.device}")
 
 
+def is_recomputed() -> bool:
+    """Whether this forward is run again in backward, by ``torch.utils.checkpoint``. With
+    ``use_reentrant=True`` that can't be told, nor need it be: there the first run has gradients
+    disabled. Only the other kind recomputes under hooks for saved tensors.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is under way: the ops have first derivatives in reverse
     mode only, plain torch has all that there are.

@@ -66,18 +66,8 @@ class _Annealed(nn.Module):
         schedule.check_begun()
         return schedule.begin_step() if trains else schedule.lam, trains
 
-    def _is_training(self) -> bool:
-        return self.training and torch.is_grad_enabled() and not _recomputes()
-
-
-def _recomputes() -> bool:
-    """Whether this forward is run again in backward, by ``torch.utils.checkpoint``: a step that was
-    counted when it ran first. With ``use_reentrant=True`` it was not, for there the first run has
-    gradients disabled; only the other kind recomputes under hooks for saved tensors.
-    """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    def _is_training(self) -> bool:  # a step that runs again has been counted
+        return self.training and torch.is_grad_enabled() and not checks.is_recomputed()
 
 
 class LSoftmaxLoss(_Annealed):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from . import _extension
+from .checks import is_recomputed
 
 # Bytes a logit takes where all N x C are kept: in place of the logits, but for bfloat16, whose
 # float32 logits become exponentials in bfloat16.
@@ -42,6 +43,9 @@ _LEAST_ROWS = {"cuda": 2048, "cpu": 256}
 _KEPT_BY_MALLOC = 1 << 25
 _ROWS_PER_FEATURE = 2
 
+# Where a system does not say how much memory there is.
+_UNKNOWN_MEMORY = 1 << 32
+
 # Classes a chunk has at least, and a multiple of: whole 16-byte packs in every type.
 _LEAST_CLASSES = 8
 
@@ -57,7 +61,7 @@ class Plan(NamedTuple):
         class_chunk: classes at a time, exponentials made again in backward: 8 N C D flops.
         row_chunk: rows at a time, gradients formed in forward: 6 N C D flops, and only for a loss
             that is one number.
-        bytes: what the N x C arrays, or those of a chunk, take; with the float32 sums of gradients.
+        bytes: what the N x C arrays, or those of a chunk, take; with the sums of gradients.
     """
 
     class_chunk: int
@@ -98,7 +102,8 @@ def choose(
     if memory_budget is None:
         whole = n * fused_row
         little = whole <= _LITTLE or whole <= little_memory(device)
-        memory_budget = n * row if little else free_memory(device) // _SHARE  # kept, if little
+        # What is little is kept whole.
+        memory_budget = n * row if little else _share_of_free((n, d, num_classes, dtype), device)
 
     def within_budget(row_bytes: int, logit_bytes: int) -> Plan:
         """The plan where a row takes so many, and so does a logit in a chunk of classes."""
@@ -108,7 +113,9 @@ def choose(
             most = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // row_bytes)
             chunked = chunked or n >= 2 * most
         if chunked and scalar and needs_grad:
-            sums = 4 * (n + num_classes) * d  # of dX and dW, in float32
+            # Of dX and dW in the type of the logits; and W in that of float16's exponentials.
+            sums = (8 if dtype == torch.float64 else 4) * (n + num_classes) * d
+            sums += 4 * num_classes * d if dtype == torch.float16 else 0
             rows = min(most, (memory_budget - sums) // row_bytes)
             if rows >= least:
                 rows = _even(n, rows, 1)
@@ -162,17 +169,64 @@ def little_memory(device: torch.device) -> int:
     return max(_LITTLE, total // _LITTLE_SHARE)
 
 
+_budgets: dict[tuple[object, ...], int] = {}
+_MOST_BUDGETS = 256
+
+
+def _share_of_free(sizes: tuple[object, ...], device: torch.device) -> int:
+    """The budget of a call that was given none. Where a checkpoint runs it again, that of its first
+    run: by then less or more is free, and what is saved for backward must be the same.
+    """
+    key = *sizes, device
+    if is_recomputed() and key in _budgets:
+        return _budgets[key]
+    budget = free_memory(device) // _SHARE
+    if not torch.compiler.is_compiling():
+        if len(_budgets) >= _MOST_BUDGETS:  # of calls that are never alike
+            _budgets.clear()
+        _budgets[key] = budget
+    return budget
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on ``device`` now, what torch has cached included; of the
-    machine's memory where ``device`` is none of its GPUs.
+    machine's memory, or the container's, where ``device`` is none of its GPUs.
     """
     if _is_gpu(device):
         return _free_cuda_memory(device)
+    return min(_free_host_memory(), _free_of_group())
+
+
+def _free_host_memory() -> int:
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError):  # Windows has no sysconf
+        return _UNKNOWN_MEMORY
+
+
+# Of control groups, version 2 and 1: what a container, which sees its own here, may take and takes.
+_GROUPS = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
+_GROUP_FILES = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _free_of_group() -> int:
+    """What a container's limit leaves, pages of files counted as free, as in MemAvailable; without
+    a limit more than any machine has.
+    """
+    for folder, names in zip(_GROUPS, _GROUP_FILES, strict=True):
+        try:
+            limit, usage = (int((folder / name).read_text()) for name in names)
+            stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not there; or "max"
+            continue
+        total = "total_" if "total_active_file" in stats else ""  # in version 1 of those below, too
+        files = sum(int(stats[f"{total}{kind}_file"]) for kind in ("active", "inactive"))
+        return max(0, limit - usage + files)
+    return 1 << 62
 
 
 _last_free: dict[torch.device, int] = {}

@@ -146,6 +146,8 @@ FACTS = {"torch": "2.13.0+cu130", "cuda": "13.0"}
         (FACTS, "2.13.0+cu126", "12.6", "this is torch 2.13.0 (CUDA 12.6)"),
         (FACTS, "2.13.0+cpu", None, "this is torch 2.13.0 (no CUDA)"),
         (FACTS, "2.13.0a0+git12", "13.0", "this is torch 2.13.0a0"),
+        (FACTS | {"torch": "2.13.0a0+git12"}, "2.13.0a0+git12", "13.0", ""),
+        (FACTS | {"torch": "2.13.0a0+git12"}, "2.13.0a0+git13", "13.0", "torch 2.13.0a0+git13"),
         ({**FACTS, "python": "3.1"}, "2.13.0", "13.0", "for Python 3.1, this is 3."),
     ],
 )

@@ -92,6 +92,58 @@ def test_an_allocator_that_keeps_no_books(monkeypatch: pytest.MonkeyPatch) -> No
     assert planning.free_memory(torch.device("cuda", 0)) == 50
 
 
+def group_of(folder: Path, version: int, limit: str) -> None:
+    """A control group that takes 900 bytes, 300 of them pages of files, as Linux shows it."""
+    names = planning._GROUP_FILES[version != 2]
+    total = "" if version == 2 else "total_"
+    own = "" if version == 2 else "active_file 5\ninactive_file 5\n"
+    stat = f"anon 500\n{own}{total}active_file 100\n{total}inactive_file 200"
+    for name, text in zip((*names, "memory.stat"), (limit, "900", stat), strict=True):
+        (folder / name).write_text(text + "\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_what_its_limit_leaves(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_free_host_memory", lambda: 5000)
+    folders = [tmp_path / "1", tmp_path / "2"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(planning, "_GROUPS", (folders[version != 2], folders[version == 2]))
+    for limit, free in (("1000", 400), ("500", 0), ("9223372036854771712", 5000), ("max", 5000)):
+        group_of(folders[0], version, limit)
+        assert planning.free_memory(CPU) == free, limit
+    monkeypatch.setattr(planning, "_GROUPS", (tmp_path, tmp_path))
+    assert planning.free_memory(CPU) == 5000
+
+
+def test_a_system_that_says_nothing_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.delattr("os.sysconf")
+    assert planning._free_host_memory() == planning._UNKNOWN_MEMORY
+
+
+def test_what_is_remembered_for_checkpoints_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_budgets", {})
+    monkeypatch.setattr(planning, "_LITTLE", 0)
+    for n in range(1, 2 * planning._MOST_BUDGETS):
+        chosen(n, 4, 5, CPU)
+    assert 0 < len(planning._budgets) <= planning._MOST_BUDGETS
+
+
+def test_chunks_of_rows_count_what_they_sum_up() -> None:
+    """dX and dW in the type of the logits; float16 has W in float32 beside its exponentials."""
+    n, d, c = 65_536, 512, 100_000
+    logits = {torch.float32: 4, torch.float16: 4, torch.float64: 8}
+    more = {torch.float32: 0, torch.float16: 4 * c * d, torch.float64: 0}
+    for dtype, size in logits.items():
+        plan = chosen(n, d, c, dtype=dtype, memory_budget=20 << 30)
+        rows = plan.row_chunk
+        assert rows > 0
+        assert plan.bytes == rows * c * size + (n + c) * d * size + more[dtype] <= 20 << 30
+
+
 @pytest.mark.parametrize("free", [1 << 30, 16 << 30, 130 << 30])
 def test_automatic_choice_keeps_to_a_quarter_of_what_is_free(
     free: int, monkeypatch: pytest.MonkeyPatch

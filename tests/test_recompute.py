@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lsoftmax import LambdaSchedule, LSoftmaxLinear, LSoftmaxLoss
+from lsoftmax import plan as planning
 from problems import nearest
 
 
@@ -63,6 +64,23 @@ def test_a_checkpointed_training_is_the_training(
     assert network.head.schedule.share > 0 or schedule is steep
     for a, b in zip(ours, truth, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("free", [(1 << 30, 100), (100, 1 << 30)], ids=["less", "more"])
+def test_it_goes_the_way_of_its_first_run(free, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is free by then: what is saved for backward has other shapes in chunks."""
+    seen = iter([*free, *[1 << 30] * 9])
+    monkeypatch.setattr(planning, "_budgets", {})
+    monkeypatch.setattr(planning, "_LITTLE", 0)
+    monkeypatch.setattr(planning, "free_memory", lambda device: next(seen))
+    network = Network(LSoftmaxLoss, 1.0)
+    x, y = batch(network)
+    checkpoint(network, x, y, use_reentrant=False).backward()
+    ours = x.grad.clone()
+    x.grad = None
+    network(x, y).backward()
+    torch.testing.assert_close(ours, x.grad)
+    assert next(seen) == 1 << 30, "the recomputation asked for nothing"
 
 
 def test_without_early_stop(device: str) -> None:
