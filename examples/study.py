@@ -27,7 +27,7 @@ import files
 import study_report
 from data import MissingDataError
 from study_runs import train
-from study_tasks import ANNEALINGS, CLIPS, TASKS, Cell
+from study_tasks import ANNEALINGS, CLIPS, TASKS, UNEQUAL, Cell
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (0.01, 0.03, 0.1)
@@ -61,6 +61,8 @@ def cells(margin: int, annealing: str, seed: int) -> Iterator[Cell]:
             yield cell(task, 0.01)
             yield cell(task, activation="prelu")
     if margin in (1, 2, 4):
+        for task, activation in itertools.product(UNEQUAL, ("relu", "prelu")):
+            yield cell(task, activation=activation)
         yield cell("omniglot")
         yield cell("omniglot-long")
     if margin == 3 or annealing not in ("softmax", "for_steps", "by_angle"):

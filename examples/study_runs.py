@@ -30,7 +30,7 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
     task, count = TASKS[cells[0].task], len(split.train_labels)
     start, batches = time.perf_counter(), count // task.batch
     steps = task.epochs * batches
-    runs = Runs(cells, split.classes, steps)
+    runs = Runs(cells, split, steps)
     orders = [torch.Generator().manual_seed(cell.seed) for cell in cells]
     traced = [cell == Cell(cell.task, 4, cell.annealing, 0.1, 0) for cell in cells]
     traces: list[list[list[float]]] = [[] for _ in cells]
@@ -67,9 +67,12 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
 class Runs:
     """R networks with their classifiers, annealings and optimizer."""
 
-    def __init__(self, cells: Sequence[Cell], classes: int, steps: int) -> None:
+    def __init__(self, cells: Sequence[Cell], split: Labelled, steps: int) -> None:
         first, self.margins = cells[0], [cell.margin for cell in cells]
-        self.clip = TASKS[first.task].clip
+        task, classes = TASKS[first.task], split.classes
+        self.clip = task.clip
+        counts = torch.bincount(split.train_labels, minlength=classes)
+        self.class_weight = len(split.train_labels) / (classes * counts) if task.weighted else None
         self.name, self.dtype = " ".join(first.group), getattr(torch, first.dtype)
         networks, classifiers = zip(*(build(cell, classes) for cell in cells), strict=True)
         self.network = networks[0]  # what it computes; parameters come from the stacks
@@ -105,7 +108,9 @@ class Runs:
         """(R,). Cells come sorted by margin."""
         parts = []
         for margin in dict.fromkeys(self.margins):
-            loss = functools.partial(lsoftmax.reference.lsoftmax_loss, margin=margin)
+            loss = functools.partial(
+                lsoftmax.reference.lsoftmax_loss, margin=margin, weight=self.class_weight
+            )
             own = [run for run, m in enumerate(self.margins) if m == margin]
             part = slice(own[0], own[-1] + 1)
             each = torch.vmap(lambda x, w, y, lam, loss=loss: loss(x, w, y, lam=lam))

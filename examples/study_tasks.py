@@ -19,6 +19,7 @@ from lsoftmax import LambdaSchedule
 from networks import ACTIVATIONS, connected, initialised
 
 CLIPS = (5, 1)
+UNEQUAL = ("digits-unequal", "digits-unequal-weighted")  # tasks of classes of unequal size
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Task:
     batch: int
     epochs: int
     clip: int | None = None  # the norm that the gradient of a training is cut down to
+    weighted: bool = False  # classes by the inverse of their images in training
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ ANNEALINGS: dict[str, Callable[[int], LambdaSchedule | float]] = {
     "for_steps, keep=None": lambda steps: LambdaSchedule.for_steps(steps, keep=None),
     "for_steps, keep=0.6": lambda steps: LambdaSchedule.for_steps(steps, keep=0.6),
     "for_steps, keep=0.7": lambda steps: LambdaSchedule.for_steps(steps, keep=0.7),
+    "by_angle, keep=0.7": lambda steps: LambdaSchedule.by_angle(keep=0.7),
     "for_steps, minimum=5": lambda steps: LambdaSchedule.for_steps(steps, minimum=5.0),
     "for_steps": LambdaSchedule.for_steps,
     "by_angle": lambda steps: LambdaSchedule.by_angle(),
@@ -79,6 +82,16 @@ ANNEALINGS: dict[str, Callable[[int], LambdaSchedule | float]] = {
 def load_digits(folder: Path | None) -> Labelled:
     """scikit-learn's digits: 1,297 to train and 500 to test on."""
     return digits.load_data(torch.device("cpu"))
+
+
+def load_unequal(folder: Path | None) -> Labelled:
+    """The same with 120 images of each digit below 5, and 3 of each from 5 on; tested on all."""
+    d = load_digits(folder)
+    counts = [120 if digit < 5 else 3 for digit in range(10)]
+    chosen = torch.cat(
+        [(d.train_labels == digit).nonzero()[:n, 0] for digit, n in enumerate(counts)]
+    )
+    return replace(d, train_images=d.train_images[chosen], train_labels=d.train_labels[chosen])
 
 
 def load_mnist(folder: Path | None) -> Labelled:
@@ -138,12 +151,14 @@ def plain(activation: str) -> nn.Sequential:
 TASKS = {
     "digits": Task(load_digits, perceptron(64, 64, 32), 32, batch=64, epochs=20),
     "digits-long": Task(load_digits, perceptron(64, 64, 32), 32, batch=64, epochs=100),
+    "digits-unequal": Task(load_unequal, perceptron(64, 64, 32), 32, batch=64, epochs=60, clip=5),
     "mnist": Task(load_mnist, perceptron(196, 64, 64), 64, batch=128, epochs=4),
     "mnist-long": Task(load_mnist, perceptron(196, 64, 64), 64, batch=128, epochs=20),
     "omniglot": Task(load_omniglot, perceptron(225, 128, 64), 64, batch=64, epochs=15),
     "omniglot-long": Task(load_omniglot, perceptron(225, 128, 64), 64, batch=64, epochs=75),
     "digits-plain": Task(load_digits, plain, 128, batch=64, epochs=100),
 }
+TASKS["digits-unequal-weighted"] = replace(TASKS["digits-unequal"], weighted=True)
 for name in ("digits-plain", "digits-long", "mnist-long", "omniglot"):
     for clip in CLIPS:
         TASKS[f"{name}-clip{clip}"] = replace(TASKS[name], clip=clip)
