@@ -157,12 +157,22 @@ def check_features(input: Tensor, linear_weight: Tensor) -> None:
             f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
         )
     check_device("linear_weight", linear_weight, input)
+    if input.device.type == "mps":
+        raise ValueError(
+            f"input: expected on a CPU or a CUDA device, got {input.device}, which has no float64: "
+            "keep the head, and what goes into it, on the CPU"
+        )
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
     """TypeError unless it is a tensor whose elements lie in memory by strides."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {kind(tensor)}")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor: fully_shard a module whose forward "
+            "calls the head, not the head or its linear; for sharded classes lsoftmax.distributed"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
 

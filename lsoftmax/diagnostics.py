@@ -20,6 +20,8 @@ __all__ = ["MarginStats", "collapse_warning", "margin_stats"]
 _LOST = 0.01
 # Where no logit can exceed this, every class is as likely as the next.
 _FLAT = 0.1
+# From this lam on the loss is plain softmax but for a hundredth.
+_NO_MARGIN = 100.0
 # Logits of classes that were learned are in the tens. Where the mean norms allow so large ones,
 # they are running away.
 _RUNAWAY = 1e3
@@ -202,6 +204,12 @@ def collapse_warning(stats: MarginStats) -> str | None:
         )
     else:
         return None
+    if len(s["buckets"]) == 1 or s["lam"] >= _NO_MARGIN:
+        return (
+            f"Training is collapsing: {fault}, and not by the margin, which is not there "
+            f"(m = {len(s['buckets'])}, lam = {s['lam']:.3g}). Normalise the features, use PReLU, "
+            "make them larger, or lower the learning rate."
+        )
     return (
         f"Training is collapsing: {fault}. Let the margin set in later or less "
         "(LambdaSchedule.for_steps, a larger minimum), or lower the learning rate."

@@ -34,6 +34,7 @@ class _Annealed(nn.Module):
             lam = default_schedule()
         elif not isinstance(lam, LambdaSchedule):
             lam = LambdaSchedule.constant(checks.check_number("lam", lam))
+        lam.belong_to_layer()
         # One made under a meta device has no numbers to move: there it begins.
         self.schedule = (lam.to_empty if lam.lam.is_meta else lam.to)(device=device)
 
@@ -186,8 +187,9 @@ class LSoftmaxLoss(_Annealed):
 class LSoftmaxLinear(nn.Linear, _Annealed):
     """``nn.Linear(bias=False)`` that returns margin logits where a target is given.
 
-    For a loss of one's own on top; :class:`LSoftmaxLoss` is faster. Drop-in for the published
-    LSoftmaxLinear layers, and for ``nn.Linear``, whose checkpoints load as they are.
+    For a loss of one's own on top; :class:`LSoftmaxLoss` is faster, and takes an ``ignore_index``:
+    here every row has a class, so drop padded ones first. Drop-in for the published LSoftmaxLinear
+    layers, and for ``nn.Linear``, whose checkpoints load as they are.
 
     Args:
         in_features: D, the size of a feature.

@@ -70,7 +70,7 @@ def anneal_(
     if cosine is None:
         return
     xp = namespace(share)
-    c, old = vector(cosine), vector(share)
+    c, old = vector(cosine.detach()), vector(share)  # in an exported program it has a gradient
     none = xp.isinf(c)
     c = _at_most(_at_least(xp.where(xp.isnan(c), 0.0, c), 0.0), 1.0)
     taken = c - 1.0 + 2 * margin / math.pi * xp.arccos(c)  # cos - psi

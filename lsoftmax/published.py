@@ -122,6 +122,11 @@ def _of_module(source: nn.Module) -> _Source:
 
 
 def _of_state_dict(source: Mapping[str, Tensor], prefix: str) -> Tensor:
+    if prefix + "schedule.lam" in source:
+        raise ValueError(
+            f"source: expected the state_dict of another implementation's layer, got one of this "
+            f"package's ({prefix}schedule.lam): load_state_dict() loads it as it is"
+        )
     found = [name for name in ("W", "weight") if prefix + name in source]
     if len(found) != 1:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -54,9 +55,9 @@ class LambdaSchedule(nn.Module):
     layer measures the angle after each training step, so lam follows a step later. A batch of few
     rows has little of a deviation, and one row has none: there a larger ``keep`` does its work.
 
-    A schedule belongs to one layer: two that share it would each advance it. Activation
-    checkpointing of the layer (``torch.utils.checkpoint``), which runs its forward twice, counts as
-    one step (docs/ecosystem.md has the exceptions).
+    A schedule belongs to one layer: two that share it would each advance it, and the second warns.
+    Activation checkpointing of the layer (``torch.utils.checkpoint``), which runs its forward
+    twice, counts as one step (docs/ecosystem.md has the exceptions).
 
     Args:
         base: lam before the first step, >= 0.
@@ -83,6 +84,7 @@ class LambdaSchedule(nn.Module):
     lam: Tensor
     share: Tensor
     _has_no_numbers = False  # since it was made on the meta device
+    _has_layer = False
 
     def __init__(
         self,
@@ -167,6 +169,20 @@ class LambdaSchedule(nn.Module):
     def is_constant(self) -> bool:
         """Whether lam never changes."""
         return self.keep is None and (self.gamma == 0 or self.power == 0)
+
+    def belong_to_layer(self) -> None:
+        """Called by a layer that is given this schedule. Warns where another has it already."""
+        if self._has_layer and self.auto_step and not self.is_constant:
+            warnings.warn(
+                "lam: this schedule belongs to another layer already: each of them advances it, "
+                "and the second begins where the first has got to. Give each one of its own",
+                stacklevel=4,
+            )
+        self._has_layer = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no layer yet."""
+        return self.__dict__ | {"_has_layer": False}
 
     def value(self, step: int | Tensor) -> float:
         """The curve after ``step`` training steps, as a Python float: for plots and logs. lam is

@@ -172,8 +172,8 @@ def test_bad_input(change, error, message):
         lsoftmax.margin_stats(**{**good, **change})
 
 
-def warning_of(x, w, y) -> str | None:
-    return lsoftmax.collapse_warning(lsoftmax.margin_stats(x, w, y, 4, 0.3))
+def warning_of(x, w, y, margin: int = 4, lam: float = 0.3) -> str | None:
+    return lsoftmax.collapse_warning(lsoftmax.margin_stats(x, w, y, margin, lam))
 
 
 def test_collapse_is_told_in_words():
@@ -184,6 +184,10 @@ def test_collapse_is_told_in_words():
     dead = x.clone()
     dead[:20] = 0
     assert "33% of the features are exactly zero" in warning_of(dead, w, y)
+    for margin, lam in ((4, 0.3), (2, 99.0)):
+        assert "Let the margin set in later" in warning_of(dead, w, y, margin, lam)
+    for margin, lam in ((1, 0.0), (4, 1000.0)):
+        assert "not by the margin" in warning_of(dead, w, y, margin, lam)
 
     lost = w.clone()
     lost[[3, 5]] *= 1e-4

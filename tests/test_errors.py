@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lsoftmax
 from lsoftmax import functional
@@ -226,6 +227,25 @@ def test_schedule() -> None:
         lsoftmax.LambdaSchedule(1e39, 1.0, 1.0)
     with pytest.raises(ValueError, match=r"total_steps.*64 bits"):
         lsoftmax.LambdaSchedule.for_steps(10**400)
+
+
+def test_devices_without_float64_are_named() -> None:
+    with FakeTensorMode():
+        wrong = {name: torch.empty_like(a, device="mps") for name, a in arguments().items()}
+        with pytest.raises(ValueError, match=r"got mps.*no float64.*on the CPU"):
+            functional.lsoftmax_loss(**wrong)
+
+
+def test_a_sharded_parameter_is_named() -> None:
+    """As where the head's linear was given to fully_shard by itself."""
+
+    class Sharded(torch.Tensor):
+        def full_tensor(self) -> torch.Tensor:
+            return self
+
+    wrong = {**arguments(), "linear_weight": torch.randn(C, D).as_subclass(Sharded)}
+    with pytest.raises(TypeError, match=r"linear_weight: .* got a DTensor: fully_shard a module"):
+        functional.lsoftmax_loss(**wrong)
 
 
 def test_psi() -> None:

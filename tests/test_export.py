@@ -73,6 +73,8 @@ def test_the_loss_itself() -> None:
     x, y = torch.randn(8, 6), torch.randint(5, (8,))
     program = torch.export.export(head, (x, y))
     torch.testing.assert_close(program.module()(x, y), head(x, y))
+    annealed = LSoftmaxLoss(6, 5)  # in training mode: it goes on with the angle of each batch
+    torch.export.export(annealed, (x, y)).module()(x, y)
     assert [node for node in program.graph.nodes if "lsoftmax" in str(node.target)]
 
 

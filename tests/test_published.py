@@ -131,6 +131,12 @@ def test_pytorch_metric_learning(scale: float) -> None:
         ({"weight": torch.ones(D, C)}, {}, ValueError, "margin: expected .* None: .* pass margin="),
         ({"fc.weight": torch.ones(D, C)}, {"margin": 4}, ValueError, r"got fc\.weight"),
         ({"weight": torch.ones(D)}, {"margin": 4}, ValueError, r"expected shape \(D, C\)"),
+        (
+            LSoftmaxLinear(D, C).state_dict(),
+            {"margin": 4},
+            ValueError,
+            r"load_state_dict\(\) loads",
+        ),
         (None, {"margin": 4}, TypeError, "source: expected a layer or a state_dict, got NoneType"),
         ({"weight": 3}, {"margin": 4}, TypeError, "weight: expected a tensor, got int"),
         ({"weight": torch.ones(D, C)}, {"margin": 4, "layer": int}, TypeError, "layer: expected"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import statistics
 
 import numpy as np
@@ -227,3 +229,19 @@ def test_the_floor_is_above_zero_and_below_the_start(minimum: float) -> None:
 def test_the_share_kept_is_below_one(keep: object, error: type) -> None:
     with pytest.raises(error, match="keep: expected"):
         LambdaSchedule.for_steps(10, keep=keep)
+
+
+@pytest.mark.parametrize("layer", [LSoftmaxLoss, LSoftmaxLinear])
+def test_a_schedule_of_another_layer_is_warned_of(layer: type) -> None:
+    """Made outside a loop over seeds, it would begin each training where the last one ended."""
+    schedule = LambdaSchedule.for_steps(10)
+    first = layer(4, 3, lam=schedule)
+    with pytest.warns(UserWarning, match="belongs to another layer already") as warned:
+        layer(4, 3, lam=schedule)
+    assert warned[0].filename == __file__, "who is to blame"
+    copies = copy.deepcopy(schedule), copy.deepcopy(first).schedule
+    for lam in (*copies, pickle.loads(pickle.dumps(schedule))):  # warnings are errors
+        layer(4, 3, lam=lam)
+    constant, by_hand = LambdaSchedule.constant(2.0), LambdaSchedule.by_angle(auto_step=False)
+    for lam in (constant, constant, by_hand, by_hand):  # which nothing advances
+        layer(4, 3, lam=lam)
