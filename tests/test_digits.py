@@ -75,7 +75,7 @@ def test_gradients_formed_in_forward_are_scaled(dtype: torch.dtype, device: str)
     what it has saved: so a second one is right as well.
     """
     p = problem(600, 8, 500, dtype, device)
-    budget = 300 * 500 * dtype.itemsize + 4 * (600 + 500) * 8
+    budget = (300 * 500 + (600 + 500) * 8) * dtype.itemsize
     if device == "cpu":  # fewer rows than pay for themselves on a GPU
         assert functional.plan(p.x, p.w, memory_budget=budget).row_chunk == 300
     loss = functional.lsoftmax_loss(p.x, p.w, p.y, 3, 0.5, memory_budget=budget)
