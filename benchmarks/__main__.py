@@ -152,7 +152,8 @@ def resumed(path: Path) -> dict:
     here = machine.describe(device_with(settings["threads"], settings["device"]))
     other = machine.same_machine(result["machine"], here)
     if other:
-        facts = ", ".join(f"{fact}: {result['machine'][fact]}, now {here[fact]}" for fact in other)
+        was = result["machine"]
+        facts = ", ".join(f"{fact}: {was.get(fact)}, now {here[fact]}" for fact in other)
         raise SystemExit(f"{path} was begun elsewhere, and cannot go on here ({facts})")
     results.drop_incomplete(result)
     return result

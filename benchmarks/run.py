@@ -11,6 +11,7 @@ from functools import partial
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from . import floors
 from .accuracy import Outputs, Truth, wrong
@@ -83,12 +84,9 @@ def measure(
             row["status"], row["note"] = "failed", lost[provider.name]
         if row["status"] == "ok":
             try:
-                bound = provider.bind(x, w, y, case.margin, settings.lam)
-                frozen = provider.bind(x.detach(), w.detach(), y, case.margin, settings.lam)
+                bound, frozen = _bind(provider, (x, w, y), settings, case)
                 if not provider.limit:
-                    losses = bound.loss().detach(), frozen.evaluate()
-                    outputs = Outputs(bound.step(scale), losses, bound.transposed)
-                    _check(row, truth, outputs, scale)
+                    _check(row, truth, scale, bound, frozen)
                 functions = functions_of(bound, frozen, settings, scale)
                 row["peak_bytes"] = peak_bytes(functions[settings.passes[-1]], device)
                 if settings.graph:
@@ -160,7 +158,18 @@ def look_at(device: torch.device, row: dict) -> None:
             raise DeviceLostError(row["provider"], row["note"]) from None
 
 
-def _check(row: dict, truth: Truth, outputs: Outputs, scale: float) -> None:
+def _bind(
+    provider: Provider, inputs: tuple[Tensor, Tensor, Tensor], settings: Settings, case: Case
+) -> tuple[Bound, Bound]:
+    """The loss of inputs that want gradients, and of the same that want none."""
+    x, w, y = inputs
+    wanting = provider.bind(x, w, y, case.margin, settings.lam)
+    return wanting, provider.bind(x.detach(), w.detach(), y, case.margin, settings.lam)
+
+
+def _check(row: dict, truth: Truth, scale: float, bound: Bound, frozen: Bound) -> None:
+    losses = bound.loss().detach(), frozen.evaluate()
+    outputs = Outputs(bound.step(scale), losses, bound.transposed)
     errors = truth.errors(outputs, row["margin"], row["lam"], scale)
     reason = wrong(errors, row["case"]["dtype"])
     missing = [name for name in ("dx", "dw") if errors[name] is None]
@@ -225,18 +234,23 @@ def list_kernels(
     one slower from then on.
     """
     device = torch.device(settings.device)
-    x, w, y = draw(case, device, settings.deviation)
+    inputs = draw(case, device, settings.deviation)
     by_name = {row["provider"]: row for row in rows if to_list(row, providers, device)}
     for provider in providers:
-        if provider.name in by_name:
-            progress(provider.name)
-            bound = provider.bind(x, w, y, case.margin, settings.lam)
-            frozen = provider.bind(x.detach(), w.detach(), y, case.margin, settings.lam)
-            functions = functions_of(bound, frozen, settings, gradient_scale(case))
-            row = by_name[provider.name]
-            with suppress(torch.OutOfMemoryError):  # what was timed is kept all the same
-                row["kernels"] = device_work(functions[settings.passes[-1]])
-                row["launches"] = sum(kernel["calls"] for kernel in row["kernels"])
+        row = by_name.get(provider.name)
+        if row is None:
+            continue
+        progress(provider.name)
+        row["kernels"] = []  # of one that fails now, whose times are kept all the same
+        with suppress(Exception):
+            both = _bind(provider, inputs, settings, case)
+            functions = functions_of(*both, settings, gradient_scale(case))
+            row["kernels"] = device_work(functions[settings.passes[-1]])
+            row["launches"] = sum(kernel["calls"] for kernel in row["kernels"])
+        both = functions = None  # what they hold, before the next one comes
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def to_list(row: dict, providers: Sequence[Provider], device: torch.device) -> bool:
@@ -245,7 +259,8 @@ def to_list(row: dict, providers: Sequence[Provider], device: torch.device) -> b
     timed = row["forward_backward"] or row["forward"]
     fits = row["status"] in ("ok", "wrong numbers", "no gradient")
     on_gpu = device.type == "cuda"
-    return bool(on_gpu and fits and timed and row["provider"] in profiled and not row["kernels"])
+    listed = row["kernels"] is not None
+    return bool(on_gpu and fits and timed and row["provider"] in profiled and not listed)
 
 
 def _fail(row: dict, error: Exception) -> None:

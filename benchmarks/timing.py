@@ -103,7 +103,8 @@ def interleaved(
     that has had half of `seconds` for itself sits out further rounds; it has a sample at least.
 
     Returns:
-        For each name its summary (see `summary`), or the exception that stopped it.
+        For each name its summary (see `summary`), or the exception that stopped it: those first, in
+        the order in which they came.
     """
     failed: dict[Hashable, Exception] = {}
     samples: dict[Hashable, list[float]] = {name: [] for name in functions}
@@ -140,7 +141,8 @@ def interleaved(
         for name in reversed(order) if done % 2 else order:
             samples[name].append(sample(name, repeats[name]))
         done += 1
-    return {name: failed.get(name) or summary(samples[name], repeats[name]) for name in functions}
+    timed = {n: summary(samples[n], repeats[n]) for n in functions if n not in failed}
+    return {**failed, **timed}
 
 
 def calls_for(once: float) -> int:

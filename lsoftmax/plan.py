@@ -174,14 +174,15 @@ _MOST_BUDGETS = 256
 
 
 def _share_of_free(sizes: tuple[object, ...], device: torch.device) -> int:
-    """The budget of a call that was given none. Where a checkpoint runs it again, that of its first
-    run: by then less or more is free, and what is saved for backward must be the same.
+    """The budget of a call that was given none. Where a checkpoint runs it again, that of the last
+    call of these sizes, its first run as a rule: by now less or more is free, and what is saved for
+    backward must be the same.
     """
     key = *sizes, device
     if is_recomputed() and key in _budgets:
         return _budgets[key]
     budget = free_memory(device) // _SHARE
-    if not torch.compiler.is_compiling():
+    if all(isinstance(size, int) for size in sizes[:3]):  # not while they are traced
         if len(_budgets) >= _MOST_BUDGETS:  # of calls that are never alike
             _budgets.clear()
         _budgets[key] = budget

@@ -44,7 +44,7 @@ def from_published(
     the ``scale`` that each step multiplies it by) and ``LargeMarginSoftmaxLoss`` of
     pytorch-metric-learning (``W`` of shape (D, C); its ``scale`` goes into the class vectors).
     Class vectors are recognised by where they come from, not by their shape, which at C = D would
-    say nothing.
+    say nothing. (So a state_dict that has nothing but ``weight`` is taken for a published layer's.)
 
     Args:
         source: such a layer, or its state_dict; of a larger model's, with ``prefix``.

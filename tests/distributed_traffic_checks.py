@@ -96,16 +96,20 @@ def frozen_classes(world: World) -> None:
 
 
 class Made(TorchDispatchMode):
-    """The matrices that operations return, by shape and type."""
+    """The matrices that operations make, by shape and type: one for each piece of memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.matrices: Counter[tuple[tuple[int, ...], torch.dtype]] = Counter()
+        self._seen: list[Tensor] = []  # kept, so that no memory is given out twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.dim() == 2:
-            self.matrices[tuple(out.shape), out.dtype] += 1
+        if type(out) is Tensor and out.dim() == 2:  # a DTensor has no memory of its own
+            start = out.untyped_storage().data_ptr()
+            if start not in [other.untyped_storage().data_ptr() for other in self._seen]:
+                self.matrices[tuple(out.shape), out.dtype] += 1
+            self._seen.append(out)
         return out
 
 

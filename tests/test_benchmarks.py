@@ -255,20 +255,26 @@ def test_one_that_fails_only_when_timed():
 @pytest.mark.parametrize("when", ["checked", "timed"])
 def test_a_device_that_is_lost_ends_the_run_with_the_name_of_who_lost_it(monkeypatch, when):
     """After such an error all that follows fails; the next run passes over the culprit."""
-    calls = iter(range(10**6))
+    calls, is_lost = iter(range(10**6)), []
     lost_from = {"checked": 0, "timed": 6}[when]
+
+    def innocent(x, w, y, margin, lam):
+        if is_lost:
+            raise RuntimeError("the device is gone")
+        return reference.lsoftmax_loss(x, w, y, margin, lam)
 
     def culprit(x, w, y, margin, lam):
         if next(calls) >= lost_from:
+            is_lost.append(True)
             raise RuntimeError("an illegal memory access")
-        return reference.lsoftmax_loss(x, w, y, margin, lam)
+        return innocent(x, w, y, margin, lam)
 
     def look_at(device, row):  # as on a GPU
         raise DeviceLostError(row["provider"], row["note"])
 
     monkeypatch.setattr("benchmarks.run.look_at", look_at)
     with pytest.raises(DeviceLostError, match="culprit: an illegal memory access") as lost:
-        run(named("culprit", culprit), OURS)
+        run(named("innocent", innocent), named("culprit", culprit), OURS)
     assert (lost.value.provider, lost.value.note) == ("culprit", "an illegal memory access")
     rows = run(named("culprit", culprit), OURS, lost={"culprit": "an illegal memory access"})
     assert rows["culprit"]["status"] == "failed"
@@ -299,6 +305,15 @@ def test_kernels_are_listed_of_what_was_timed(monkeypatch):
     assert rows[0]["launches"] == 5
     assert shapes == [[(CASE.n, CASE.d), (CASE.c, CASE.d)]]
     assert rows[1]["launches"] is None
+
+    def failing(step):
+        raise RuntimeError("a profiler that will not")
+
+    rows[0] |= {"kernels": None, "launches": None}
+    monkeypatch.setattr("benchmarks.run.device_work", failing)
+    list_kernels(rows, CASE, providers, settings)
+    assert (rows[0]["kernels"], rows[0]["launches"]) == ([], None), "not tried again for ever"
+    assert rows[0]["forward_backward"]
 
 
 def test_a_budget_is_kept_where_not_all_fits() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lsoftmax
 from allocations import peak
@@ -122,6 +123,19 @@ def test_a_system_that_says_nothing_of_its_memory(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "exists", lambda path: False)
     monkeypatch.delattr("os.sysconf")
     assert planning._free_host_memory() == planning._UNKNOWN_MEMORY
+
+
+def test_sizes_that_are_traced_can_be_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symbols for sizes can be no keys of what is remembered."""
+    monkeypatch.setattr(planning, "_LITTLE", 0)
+    p = problem(8, 4, 20)
+
+    def loss(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return functional.lsoftmax_loss(x, w, y, 3, 1.0)
+
+    given = p.x.detach(), p.w.detach(), p.y
+    traced = make_fx(loss, tracing_mode="symbolic")(*given)
+    torch.testing.assert_close(traced(*given), loss(*given))
 
 
 def test_what_is_remembered_for_checkpoints_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
