@@ -1,8 +1,9 @@
 """docs/experiments.md from the results in examples/results/: python examples/report.py.
 
 Fills what lies between ``<!-- NAME -->`` and ``<!-- end -->`` with the table of NAME.json, and
-draws its pictures beside the page. The README gets the first column of each. Results get there by
-hand: an experiment's results.json under the name of the experiment.
+draws its pictures beside the page. NAME-keep0.7.json, the same trained with that ``keep``, goes to
+the table that compares them. The README gets the first column of each. Results get there by hand:
+an experiment's results.json under the name of the experiment.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ CIFAR100 = {1: 32.74, 2: 29.95, 3: 29.87, 4: 29.53}
 LFW = {1: 96.53, 2: 97.81, 3: 98.27, 4: 98.71}
 
 
+MARGINS = tuple(MNIST)
+HEAD = ("| | " + " | ".join(map(name, MARGINS)) + " |", "|---" * (1 + len(MARGINS)) + "|")
+
+
 def labelled(paper: dict[int, float]) -> Part:
     """An experiment on labelled images."""
     words = "Angles of the test images to their own and to the nearest other class"
@@ -71,6 +76,9 @@ PARTS = {
     "lfw": FACES,
     "lfw-small": FACES,
 }
+
+
+KEPT = "keep0.7"  # in the name of results that were trained so, not with the schedule's default
 
 
 def block(part: Part, results: dict[str, Any]) -> str:
@@ -104,29 +112,66 @@ def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
     Raises:
         SystemExit: the page has no place for one.
     """
-    for key, values in results.items():
-        picture = f"![{PARTS[key].picture}](experiments-{key}.png)\n"
-        page = pages.fill(page, key, f"{block(PARTS[key], values)}\n{picture}")
-    for key in set(pages.blocks(page)) - results.keys():
-        page = pages.fill(page, key, "Not measured yet.\n")
+    made = {"keep": compared(results)} if any(KEPT in key for key in results) else {}
+    for key, part in measured_parts(results):
+        picture = f"![{part.picture}](experiments-{key}.png)\n"
+        made[key] = f"{block(part, results[key])}\n{picture}"
+    for key in made.keys() | set(pages.blocks(page)):
+        page = pages.fill(page, key, made.get(key, "Not measured yet.\n"))
     return page
+
+
+def compared(results: dict[str, dict[str, Any]]) -> str:
+    """Experiments that were trained with another ``keep`` too: two lines of each figure, from the
+    seeds and folds that were trained both ways.
+    """
+    lines = list(HEAD)
+    for key, part in measured_parts(results):
+        if f"{key}-{KEPT}" not in results:
+            continue
+        rows, others = results[key]["rows"], results[f"{key}-{KEPT}"]["rows"]
+        both = {run_of(row) for row in rows} & {run_of(row) for row in others}
+        rows, others = ([row for row in each if run_of(row) in both] for each in (rows, others))
+        folds = {row["fold"] for row in rows if "fold" in row}
+        which = f" ({len(folds)} of 10 folds)" if folds else ""
+        for column, words in list(part.columns.items())[:2]:
+            lines.append(line(f"{key}{which}: {words}", figures(rows, column)))
+            lines.append(line("*keep=0.7*", figures(others, column)))
+    return "\n".join(lines) + "\n"
+
+
+def run_of(row: Row) -> tuple[int, ...]:
+    """What tells the trainings of an experiment apart."""
+    return row["margin"], row["seed"], row.get("fold", 0)
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:
     """A line an experiment: its first column for every margin, the paper's figure in brackets."""
-    lines = ["| | " + " | ".join(map(name, MNIST)) + " |", "|---" * (1 + len(MNIST)) + "|"]
-    for key, values in results.items():
-        column, words = next(iter(PARTS[key].columns.items()))
-        paper = PARTS[key].paper[1] if PARTS[key].paper else {}
-        trained, cells = {row["margin"] for row in values["rows"]}, []
-        for margin in MNIST:
-            if margin not in trained:
-                cells.append("")
-                continue
-            cell = mean_and_spread(by_seed(values["rows"], margin, column))
-            cells.append(cell + (f" ({paper[margin]:.2f})" if margin in paper else ""))
-        lines.append(f"| {key}: {words} | " + " | ".join(cells) + " |")
+    lines = list(HEAD)
+    for key, part in measured_parts(results):
+        column, words = next(iter(part.columns.items()))
+        paper = part.paper[1] if part.paper else {}
+        cells = figures(results[key]["rows"], column)
+        for margin in paper.keys() & cells.keys():
+            cells[margin] += f" ({paper[margin]:.2f})"
+        lines.append(line(f"{key}: {words}", cells))
     return "\n".join(lines) + "\n"
+
+
+def measured_parts(results: dict[str, dict[str, Any]]) -> list[tuple[str, Part]]:
+    """The experiments that have results, in the page's order."""
+    return [(key, part) for key, part in PARTS.items() if key in results]
+
+
+def figures(rows: Sequence[Row], column: str) -> dict[int, str]:
+    """A column's cells, by margin."""
+    trained = {row["margin"] for row in rows}
+    return {margin: mean_and_spread(by_seed(rows, margin, column)) for margin in trained}
+
+
+def line(title: str, cells: dict[int, str]) -> str:
+    """A line of a table that has a column a margin."""
+    return f"| {title} | " + " | ".join(cells.get(margin, "") for margin in MARGINS) + " |"
 
 
 def fill_readme(page: str, results: dict[str, dict[str, Any]]) -> str:
@@ -136,8 +181,9 @@ def fill_readme(page: str, results: dict[str, dict[str, Any]]) -> str:
 
 def load() -> dict[str, dict[str, Any]]:
     """The results that are there."""
-    paths = {key: RESULTS / f"{key}.json" for key in PARTS}
-    return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
+    names = [name for key in PARTS for name in (key, f"{key}-{KEPT}")]
+    paths = {name: RESULTS / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,8 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write(page, fill(page.read_text(), results).encode())
     readme = ROOT / "README.md"
     write(readme, fill_readme(readme.read_text(), results).encode())
-    for key, values in results.items():
-        PARTS[key].draw(DOCS / f"experiments-{key}.png", values["rows"])
+    for key, part in measured_parts(results):
+        part.draw(DOCS / f"experiments-{key}.png", results[key]["rows"])
     print(f"{page}: {', '.join(results)}")
 
 

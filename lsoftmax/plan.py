@@ -113,9 +113,7 @@ def choose(
             most = max(least, _ROWS_PER_FEATURE * d, _KEPT_BY_MALLOC // 2 // row_bytes)
             chunked = chunked or n >= 2 * most
         if chunked and scalar and needs_grad:
-            # Of dX and dW in the type of the logits; and W in that of float16's exponentials.
-            sums = (8 if dtype == torch.float64 else 4) * (n + num_classes) * d
-            sums += 4 * num_classes * d if dtype == torch.float16 else 0
+            sums = bytes_beside_rows(n, d, num_classes, dtype)
             rows = min(most, (memory_budget - sums) // row_bytes)
             if rows >= least:
                 rows = _even(n, rows, 1)
@@ -135,6 +133,14 @@ def choose(
         if tiles >= _LEAST_TILES and enough:
             return plan
     return within_budget(row, size)
+
+
+def bytes_beside_rows(n: int, d: int, num_classes: int, dtype: torch.dtype) -> int:
+    """What chunks of rows have beside a chunk: dX and dW in the type of the logits, and where W is
+    float16 a copy in that of the exponentials.
+    """
+    sums = (8 if dtype == torch.float64 else 4) * (n + num_classes) * d
+    return sums + (4 * num_classes * d if dtype == torch.float16 else 0)
 
 
 def _even(total: int, most: int, multiple: int) -> int:

@@ -186,7 +186,7 @@ def on_the_way(way: str, chunk: int, x: Tensor, w: Tensor, reduction: str) -> It
     size = x.shape[0] if way == "classes" else w.shape[0]
     budget = max(1, chunk * size * planning._BYTES[x.dtype])
     if way == "rows":
-        budget += 4 * (x.shape[0] + w.shape[0]) * x.shape[1]
+        budget += planning.bytes_beside_rows(*x.shape, w.shape[0], x.dtype)
     with pytest.MonkeyPatch.context() as patch:
         rows = 1 if way == "rows" else math.inf
         patch.setattr(planning, "_LEAST_ROWS", {x.device.type: rows})

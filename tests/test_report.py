@@ -21,7 +21,7 @@ def test_page_is_made_from_the_results():
     assert results, "examples/results holds none"
     page = PAGE.read_text()
     assert report.fill(page, results) == page
-    for key in results:
+    for key, _ in report.measured_parts(results):
         assert (report.DOCS / f"experiments-{key}.png").exists()
     readme = (report.ROOT / "README.md").read_text()
     assert readme.count("<!-- experiments -->") == 1
@@ -65,6 +65,24 @@ def test_a_column_that_only_some_rows_have():
     assert lines[0].endswith("| classes never answered | the paper's, % |")
     assert lines[2] == "| softmax | 1.00 | 10.00 | 80.00 |  | 0.40 |"
     assert lines[3] == "| L-Softmax, m = 4 | 0.50 | 10.00 | 80.00 | 3.00 | 0.31 |"
+
+
+def test_comparison_with_another_keep():
+    """A line each way, under the margins; only of what was trained both ways."""
+    results = {
+        "mnist": results_of((1, 0, 1.0), (1, 1, 9.0), (4, 0, 0.5), (3, 0, 0.25)),
+        "mnist-keep0.7": results_of((1, 0, 2.0), (2, 0, 0.75), (4, 0, 0.5)),
+        "cifar10": results_of((1, 0, 3.0)),
+    }
+    assert report.compared(results).splitlines()[2:] == [
+        "| mnist: test error, % | 1.00 |  |  | 0.50 |",
+        "| *keep=0.7* | 2.00 |  |  | 0.50 |",
+        "| mnist: angle to the own class, degrees | 10.00 |  |  | 10.00 |",
+        "| *keep=0.7* | 10.00 |  |  | 10.00 |",
+    ]
+    for row in (row for kind in ("mnist", "mnist-keep0.7") for row in results[kind]["rows"]):
+        row["fold"] = row["margin"]
+    assert "| mnist (2 of 10 folds): test error, % |" in report.compared(results)
 
 
 def test_a_page_without_a_place_for_results_is_an_error():
