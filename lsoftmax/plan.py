@@ -10,6 +10,7 @@ import torch
 
 from . import _extension
 from .checks import is_recomputed
+from .margin import accumulate_type
 
 # Bytes a logit takes where all N x C are kept: in place of the logits, but for bfloat16, whose
 # float32 logits become exponentials in bfloat16.
@@ -139,7 +140,7 @@ def bytes_beside_rows(n: int, d: int, num_classes: int, dtype: torch.dtype) -> i
     """What chunks of rows have beside a chunk: dX and dW in the type of the logits, and where W is
     float16 a copy in that of the exponentials.
     """
-    sums = (8 if dtype == torch.float64 else 4) * (n + num_classes) * d
+    sums = accumulate_type(dtype).itemsize * (n + num_classes) * d
     return sums + (4 * num_classes * d if dtype == torch.float16 else 0)
 
 
@@ -216,15 +217,17 @@ def _free_host_memory() -> int:
 
 
 # Of control groups, version 2 and 1: what a container, which sees its own here, may take and takes.
-_GROUPS = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
-_GROUP_FILES = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+_GROUPS = {
+    Path("/sys/fs/cgroup"): ("memory.max", "memory.current"),
+    Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 def _free_of_group() -> int:
     """What a container's limit leaves, pages of files counted as free, as in MemAvailable; without
     a limit more than any machine has.
     """
-    for folder, names in zip(_GROUPS, _GROUP_FILES, strict=True):
+    for folder, names in _GROUPS.items():
         try:
             limit, usage = (int((folder / name).read_text()) for name in names)
             stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

@@ -58,7 +58,11 @@ def command_line(
     path = folder / (resume or output)
     new = ["--device", "cpu", "--quick", "--rounds", "1", "--threads", "1", "--seconds", "1e-3"]
     new += ["--output", str(path), "--shapes", *SHAPES, "--margins", "3", "1"]
-    command.main(["--resume", str(path)] if resume else new)
+    threads = torch.get_num_threads()
+    try:
+        command.main(["--resume", str(path)] if resume else new)
+    finally:
+        torch.set_num_threads(threads)
     return results.load(path)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 import harness  # noqa: F401  (makes `import benchmarks` work)
 
@@ -27,11 +26,9 @@ FILES = results.committed()
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., dict]]:
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict]:
     """A function that runs the command line on small shapes; its result comes back."""
-    threads = torch.get_num_threads()
-    yield partial(command_line, monkeypatch, tmp_path)
-    torch.set_num_threads(threads)
+    return partial(command_line, monkeypatch, tmp_path)
 
 
 def test_readme_and_report_are_what_the_files_say():

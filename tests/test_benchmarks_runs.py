@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +28,9 @@ from measuring import SHAPES, check, command_line
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., dict]]:
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict]:
     """A function that runs the command line on small shapes; its result comes back."""
-    threads = torch.get_num_threads()
-    yield partial(command_line, monkeypatch, tmp_path)
-    torch.set_num_threads(threads)
+    return partial(command_line, monkeypatch, tmp_path)
 
 
 def keys(result: dict) -> list[tuple]:
