@@ -54,7 +54,7 @@ def fill(page: str, results: Results) -> str:
         "figures": figures_table,
         "defaults": defaults_table,
         "clipped": clipped_table,
-        "unequal": unequal_table,
+        "unequal": unequal_tables,
     }
     for name, made in tables.items():
         page = pages.fill(page, name, made(results))
@@ -175,21 +175,23 @@ def errors(runs: Sequence[dict[str, Any]]) -> str:
     return f"not finite, {lost} of {len(runs)}" if lost else spread(runs, "error")
 
 
-def unequal_table(results: Results) -> str:
-    """Errors where half of the classes have few images, without and with class weights; and how
-    many of the ten classes are never answered.
+def unequal_tables(results: Results) -> str:
+    """Errors where half of the classes have few images, and how many of the ten are never answered;
+    one table for each way to train.
     """
-    across = [(task, act, m) for task in UNEQUAL for act in ("relu", "prelu") for m in (2, 4)]
-    rows = []
-    for name in ANNEALINGS:
-        row = [name]
-        for task, activation, margin in across:
-            like = Cell(task, 1 if name == "softmax" else margin, name, 0.1, 0, activation)
-            runs = select(results, like)
-            lost = statistics.mean(run["never_predicted"] for run in runs) if runs else 0
-            row.append(spread(runs, "error") + (f" ({lost:.1f})" if lost else ""))
-        rows.append(row)
-    words = dict(zip(UNEQUAL, ("", "weighted, "), strict=True))
+    across = [(activation, m) for activation in ("relu", "prelu") for m in (2, 4)]
     titles = {"relu": "ReLU", "prelu": "PReLU"}
-    heads = (f"{words[task]}{titles[activation]}, m = {m}" for task, activation, m in across)
-    return table(["error, %", *heads], rows)
+    heads = [f"{titles[activation]}, m = {m}" for activation, m in across]
+    ways, tables = ("as they are", "class weights", "balanced batches"), []
+    for task, words in zip(UNEQUAL, ways, strict=True):
+        rows = []
+        for name in ANNEALINGS:
+            row = [name]
+            for activation, margin in across:
+                like = Cell(task, 1 if name == "softmax" else margin, name, 0.1, 0, activation)
+                runs = select(results, like)
+                lost = statistics.mean(run["never_predicted"] for run in runs) if runs else 0
+                row.append(spread(runs, "error") + (f" ({lost:.1f})" if lost else ""))
+            rows.append(row)
+        tables.append(table([f"{words}: error, %", *heads], rows))
+    return "\n".join(tables)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import lsoftmax
 from data import Labelled
 from lsoftmax import LambdaSchedule
-from study_tasks import ANNEALINGS, TASKS, Cell, build
+from study_tasks import ANNEALINGS, TASKS, Cell, Task, build
 
 TRACED = 50  # points of a recorded training
 
@@ -37,7 +37,7 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
     diverged: list[int | None] = [None] * len(cells)
     for step in tqdm(range(steps), desc=f"{runs.name}, {len(cells)} runs", leave=False):
         if step % batches == 0:
-            order = torch.stack([torch.randperm(count, generator=order) for order in orders])
+            order = torch.stack([drawn(split.train_labels, task, order) for order in orders])
         batch = order[:, step % batches * task.batch :][:, : task.batch]
         labels = split.train_labels[batch]
         features = runs.features(split.train_images[batch])
@@ -64,6 +64,19 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
     return figures
 
 
+def drawn(labels: Tensor, task: Task, generator: torch.Generator) -> Tensor:
+    """The images of an epoch, in order."""
+    if task.balanced:  # as torch.utils.data.WeightedRandomSampler draws them
+        weights = inverse_counts(labels, int(labels.max()) + 1)[labels].double()
+        return torch.multinomial(weights, len(labels), True, generator=generator)
+    return torch.randperm(len(labels), generator=generator)
+
+
+def inverse_counts(labels: Tensor, classes: int) -> Tensor:
+    """Weights (C,) of classes that make up for their sizes."""
+    return len(labels) / (classes * torch.bincount(labels, minlength=classes))
+
+
 class Runs:
     """R networks with their classifiers, annealings and optimizer."""
 
@@ -71,8 +84,7 @@ class Runs:
         first, self.margins = cells[0], [cell.margin for cell in cells]
         task, classes = TASKS[first.task], split.classes
         self.clip = task.clip
-        counts = torch.bincount(split.train_labels, minlength=classes)
-        self.class_weight = len(split.train_labels) / (classes * counts) if task.weighted else None
+        self.class_weight = inverse_counts(split.train_labels, classes) if task.weighted else None
         self.name, self.dtype = " ".join(first.group), getattr(torch, first.dtype)
         networks, classifiers = zip(*(build(cell, classes) for cell in cells), strict=True)
         self.network = networks[0]  # what it computes; parameters come from the stacks

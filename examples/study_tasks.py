@@ -19,7 +19,8 @@ from lsoftmax import LambdaSchedule
 from networks import ACTIVATIONS, connected, initialised
 
 CLIPS = (5, 1)
-UNEQUAL = ("digits-unequal", "digits-unequal-weighted")  # tasks of classes of unequal size
+# Tasks of classes of unequal size: as they are, and the two usual remedies.
+UNEQUAL = ("digits-unequal", "digits-unequal-weighted", "digits-unequal-balanced")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Task:
     batch: int
     epochs: int
     clip: int | None = None  # the norm that the gradient of a training is cut down to
-    weighted: bool = False  # classes by the inverse of their images in training
+    weighted: bool = False  # the loss: classes by the inverse of their images in training
+    balanced: bool = False  # the batches: images drawn with these weights, and put back
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ TASKS = {
     "digits-plain": Task(load_digits, plain, 128, batch=64, epochs=100),
 }
 TASKS["digits-unequal-weighted"] = replace(TASKS["digits-unequal"], weighted=True)
+TASKS["digits-unequal-balanced"] = replace(TASKS["digits-unequal"], balanced=True)
 for name in ("digits-plain", "digits-long", "mnist-long", "omniglot"):
     for clip in CLIPS:
         TASKS[f"{name}-clip{clip}"] = replace(TASKS[name], clip=clip)

@@ -19,6 +19,7 @@ import study_runs
 import study_tasks
 from study_tasks import ANNEALINGS, TASKS, Cell
 
+SHORT = ["digits", "digits-plain-clip1", "digits-unequal-weighted", "digits-unequal-balanced"]
 PAGE = study_report.DOCS / "training.md"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def short(monkeypatch):
-    """Digits for three epochs."""
-    for name in ("digits", "digits-plain-clip1"):
+    """Tasks of digits for three epochs."""
+    for name in SHORT:
         monkeypatch.setitem(TASKS, name, dataclasses.replace(TASKS[name], epochs=3))
 
 
@@ -38,15 +39,28 @@ def trained(cell: Cell, split) -> tuple[float, dict[str, float]]:
     steps = task.epochs * batches
     network, classifier = study_tasks.build(cell, split.classes)
     lam = ANNEALINGS[cell.annealing](steps)
-    head = lsoftmax.LSoftmaxLoss(task.features, split.classes, margin=cell.margin, lam=lam)
+    counts = torch.bincount(split.train_labels)
+    weight = 1 / counts / (1 / counts).dot(counts / counts.sum())  # of the images: 1 on average
+    head = lsoftmax.LSoftmaxLoss(
+        *(task.features, split.classes, cell.margin),
+        lam=lam,
+        weight=weight if task.weighted else None,
+    )
     head.load_state_dict(classifier.state_dict(prefix="linear."), strict=False)
     parameters = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, cell.lr, momentum=0.9, weight_decay=5e-4)
     drops = [int(0.6 * steps), int(0.85 * steps)]
     rates = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
     generator = torch.Generator().manual_seed(cell.seed)
+    count = len(split.train_labels)
+    sampler = torch.utils.data.WeightedRandomSampler(
+        weight[split.train_labels], count, generator=generator
+    )
     for _ in range(task.epochs):
-        order = torch.randperm(len(split.train_labels), generator=generator)
+        if task.balanced:
+            order = torch.tensor(list(sampler))
+        else:
+            order = torch.randperm(count, generator=generator)
         for batch in order.split(task.batch)[:batches]:
             optimizer.zero_grad()
             head(network(split.train_images[batch]), split.train_labels[batch]).backward()
@@ -66,7 +80,7 @@ def trained(cell: Cell, split) -> tuple[float, dict[str, float]]:
     }
 
 
-@pytest.mark.parametrize("task", ["digits", "digits-plain-clip1"])
+@pytest.mark.parametrize("task", SHORT)
 def test_a_training_is_that_of_the_layer(task, short):
     """Red if the study anneals, steps, clips or measures in another way than the layer it advises
     on.
