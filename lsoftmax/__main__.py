@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -33,6 +34,24 @@ def output_of(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return run.stdout.strip()
+
+
+def is_source_tree() -> bool:
+    """Whether this file is not of an installed package."""
+    return (Path(__file__).parents[1] / "setup.py").is_file()
+
+
+def run_installed() -> None:
+    """In a source tree, ends this program as that of the installed package which the tree hides:
+    ``python -m`` looks into the current directory first. Returns where there is none.
+    """
+    installed = PathFinder.find_spec("lsoftmax", sys.path[1:])
+    if not is_source_tree() or installed is None or installed.origin is None:
+        return
+    if Path(installed.origin).parent.samefile(Path(__file__).parent):
+        return
+    code = "import runpy, sys; del sys.path[0]; runpy.run_module('lsoftmax', None, '__main__')"
+    raise SystemExit(subprocess.call([sys.executable, "-c", code, *sys.argv[1:]]))
 
 
 def covers(archs: str, capability: tuple[int, int]) -> bool:
@@ -72,11 +91,8 @@ def advice(status: _extension.Status, driver: str, no_toolkit: str) -> list[str]
     if not cuda:
         return todo
     if not status.built:
-        if (Path(__file__).parents[1] / "setup.py").is_file():
-            todo.append(
-                f"This is lsoftmax's source tree ({Path(__file__).parents[1]}), which hides an "
-                "installed package: run from another directory."
-            )
+        if is_source_tree():
+            todo.append(f"This is lsoftmax's source tree, {Path(__file__).parents[1]}.")
         todo.append(f"{status.reason} CUDA tensors run in plain PyTorch.")
         if no_toolkit and no_toolkit not in status.reason:
             todo.append(f"{no_toolkit[0].upper()}{no_toolkit[1:]}.")
@@ -211,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    run_installed()
     try:
         main()
         sys.stdout.flush()

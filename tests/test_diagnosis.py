@@ -30,7 +30,7 @@ BUILT = {
     "torch": TORCH, "cuda": "13.0", "nvcc": "13.0", "archs": "8.0;9.0a", "cxx": "g++ 12"
 }  # fmt: skip
 REPORT = """
-import json, os, runpy, sys, torch
+import json, os, torch
 from types import SimpleNamespace as Made
 
 facts = json.loads(os.environ["FACTS"])
@@ -40,8 +40,9 @@ torch.cuda.is_available = lambda: bool(gpus)
 torch.cuda.device_count = lambda: len(gpus)
 torch.cuda.get_device_capability = lambda i: gpus[i]
 torch.cuda.get_device_properties = lambda i: Made(name="GPU", major=gpus[i][0], minor=gpus[i][1])
-sys.argv = ["lsoftmax"]
-runpy.run_module("lsoftmax", run_name="__main__", alter_sys=True)
+from lsoftmax.__main__ import main  # not as a program, which looks for an installed package
+
+main([])
 """
 
 
@@ -191,9 +192,9 @@ CASES = [
         ["torch sees no GPU (there is no NVIDIA driver)"],
     ),
     Case(
-        "the source tree hides the installed package",
+        "nothing is installed, this is the source tree",
         Machine(None, None, as_source_tree=True),
-        ["which hides an installed package: run from another directory", REBUILD],
+        ["This is lsoftmax's source tree", REBUILD],
     ),
 ]  # fmt: skip
 
@@ -246,6 +247,19 @@ def test_says_what_it_is_and_what_to_do(case: Case, pythons: FreshPythons, tmp_p
     if "Nothing to do." not in case.says:
         assert "To do:\n  - " in output
     assert output.count("RuntimeWarning: lsoftmax: ") == (1 if case.warns else 0), output
+
+
+def test_a_source_tree_hides_no_installed_package(tmp_path: Path) -> None:
+    """Red if `pip install .` and `python -m lsoftmax` in the same folder speak of the folder."""
+    package = Path(shutil.copytree(PACKAGE, tmp_path / "lsoftmax"))
+    (tmp_path / "setup.py").touch()
+    with (package / "__init__.py").open("a") as module:
+        module.write('\n__version__ = "of the tree"\n')
+    command = [sys.executable, "-m", "lsoftmax"]
+    run = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, lsoftmax.__version__), run.stderr
+    run = subprocess.run([*command, "picture"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2, "the exit status is that of the installed program"
 
 
 def test_a_closed_pipe_is_no_error() -> None:
