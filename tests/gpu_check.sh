@@ -98,7 +98,7 @@ done
 wait
 grep -q '^test_fused_forward,' "$failed" && export LSOFTMAX_FUSED_FORWARD=0  # nor the benchmarks
 deadline=$end
-step 200 env -C .. "$python" -m benchmarks --quick --output "$folder/benchmark.json"
+step 200 env -C .. "$python" -m benchmarks --quick --seconds 2 --output "$folder/benchmark.json"
 echo
 if [ -s "$failed" ]; then
   echo "FAILED:"
