@@ -1,13 +1,14 @@
-"""How much memory a step takes at its peak, above inputs and gradients; how much there is."""
+"""How much memory a step takes at its peak, above inputs and gradients; what would not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from lsoftmax.memory import free_memory
 
 from .provider import Provider
 
@@ -50,17 +51,10 @@ def too_large(provider: Provider, n: int, c: int, itemsize: int) -> str | None:
     There an allocation past the memory at hand succeeds, and the machine stops.
     """
     wanted = provider.arrays * n * c * max(itemsize, 4)
-    if wanted < 0.8 * available_bytes():
+    free = free_memory(torch.device("cpu"))
+    if wanted < 0.8 * free:
         return None
-    return f"needs about {wanted / 1e9:.0f} GB, {available_bytes() / 1e9:.0f} GB are free"
-
-
-def available_bytes() -> float:
-    """Free memory of the host; infinite where the system does not say."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    free = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(free[0]) * 1024 if free else float("inf")
+    return f"needs about {wanted / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -171,7 +171,8 @@ def check_dense(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor: fully_shard a module whose forward "
-            "calls the head, not the head or its linear; for sharded classes lsoftmax.distributed"
+            "calls the head, not the head or its linear; sharded classes have a loss and "
+            "margin_stats(input, target) of their own in lsoftmax.distributed"
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")

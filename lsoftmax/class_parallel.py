@@ -78,7 +78,6 @@ class Options(NamedTuple):
     num_classes: int  # C, on all processes
     margin: int
     reduction: int
-    ignore_index: int
     label_smoothing: float
     class_chunk: int
     save: bool  # for backward

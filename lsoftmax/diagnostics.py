@@ -112,11 +112,6 @@ def margin_stats(
         >>> print(collapse_warning(stats))
         None
     """
-    if hasattr(linear_weight, "full_tensor"):
-        raise TypeError(
-            "linear_weight: expected a plain tensor, got a DTensor: a class-parallel layer has "
-            "margin_stats(input, target) of its own, of others pass weight.full_tensor()"
-        )
     margin = checks.check_margin(margin)
     x, w = wide(input), wide(linear_weight)
     checks.check_matrices(x, w, target)
@@ -225,7 +220,8 @@ def wide(tensor: Tensor) -> Tensor:
 
 def row_norms(rows: Tensor) -> Tensor:
     """(N,) float64, in which the square of no float32 overflows or vanishes."""
-    few = rows.split(max(1, _PANEL // rows.shape[1]))  # of which a copy in float64 is no matter
+    # So few that a copy of them in float64 is no matter.
+    few = rows.split(max(1, _PANEL // max(1, rows.shape[1])))
     return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in few])
 
 

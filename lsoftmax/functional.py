@@ -140,7 +140,7 @@ def loss_and_cosine(
     margin, lam = check_margin(margin), lam_tensor(lam, input)
     check_loss_options(reduction, label_smoothing)
     ignore_index = check_ignore_index(ignore_index)
-    check_memory_budget(memory_budget)
+    memory_budget = check_memory_budget(memory_budget)
     if weight is not None:
         check_class_weight(weight, linear_weight.shape[0])
         check_device("weight", weight, input)
@@ -196,7 +196,7 @@ def plan(
     input, linear_weight = autocast(input, linear_weight)
     check_features(input, linear_weight)
     check_loss_options(reduction, label_smoothing)
-    check_memory_budget(memory_budget)
+    memory_budget = check_memory_budget(memory_budget)
     rows = input if input.dim() == 2 else input.unsqueeze(0)
     return _plan(rows, linear_weight, reduction, memory_budget, label_smoothing)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _extension, portable, portable_linear, portable_schedule
 from .margin import accumulate_type
-from .plan import free_memory
+from .memory import free_memory
 from .rows import NONE
 
 library = torch.library.Library("lsoftmax", "DEF")
@@ -118,7 +118,7 @@ def _loss_fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = input.shape[0]
     dtype = accumulate_type(input.dtype)
-    e_shape, e_dtype = portable.e_storage(input, linear_weight.shape[0], label_smoothing)
+    e_shape, e_dtype = portable.e_storage(input, linear_weight.shape[0], label_smoothing > 0)
     return (
         input.new_empty([n] if reduction == NONE else [], dtype=dtype),
         input.new_empty(e_shape if save and class_chunk == 0 else [0], dtype=e_dtype),

@@ -27,9 +27,7 @@ from .rows import divisor_of, low_cosine, reduce, row_terms, saved_rows, valid_t
 _MANY_CLASSES = 1024
 
 
-def e_storage(
-    input: Tensor, num_classes: int, label_smoothing: float
-) -> tuple[list[int], torch.dtype]:
+def e_storage(input: Tensor, num_classes: int, smooth: bool) -> tuple[list[int], torch.dtype]:
     """Shape and type of E, the one N x C array that is kept for backward.
 
     bfloat16 input keeps E in bfloat16 (relative precision is all E needs), its rows padded to 16
@@ -37,10 +35,27 @@ def e_storage(
     With label smoothing one more row holds the class weights: the constant part of the smoothed
     gradient has rank one, and as a row of E it costs no pass of its own.
     """
-    rows = input.shape[0] + (1 if label_smoothing > 0 else 0)
+    rows = input.shape[0] + (1 if smooth else 0)
     if input.dtype == torch.bfloat16:
         return [rows, (num_classes + 7) // 8 * 8], torch.bfloat16
     return [rows, num_classes], accumulate_type(input.dtype)
+
+
+def make_e(
+    input: Tensor, num_classes: int, smoothing: Tensor | float | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """E but for what forward fills, and that part of it (N, C); where not to ``keep`` an empty one.
+
+    ``smoothing``: the class weights of label smoothing's row, None without it.
+    """
+    shape, dtype = e_storage(input, num_classes, smoothing is not None)
+    e = input.new_empty(shape if keep else [0], dtype=dtype)
+    if not keep:
+        return e, None
+    e[:, num_classes:] = 0.0  # the padding
+    if smoothing is not None:
+        e[-1, :num_classes] = smoothing
+    return e, e[: input.shape[0], :num_classes]
 
 
 def target_apart(e_dtype: torch.dtype, num_classes: int) -> bool:
@@ -66,16 +81,11 @@ def loss_fwd(
 
     With a ``class_chunk`` other than 0 there is no E.
     """
-    n, num_classes = input.shape[0], linear_weight.shape[0]
+    num_classes = linear_weight.shape[0]
     dtype = accumulate_type(input.dtype)
     index, kept = valid_targets(target, num_classes, ignore_index)
-    shape, e_dtype = e_storage(input, num_classes, label_smoothing)
-    keep_e = save and class_chunk == 0
-    e = input.new_empty(shape if keep_e else [0], dtype=e_dtype)
-    if keep_e and e_dtype != dtype:
-        e.zero_()  # the padding
-    if keep_e and label_smoothing > 0:
-        e[n, :num_classes] = 1.0 if weight is None else weight
+    smoothing = None if label_smoothing == 0 else 1.0 if weight is None else weight
+    e, filled = make_e(input, num_classes, smoothing, save and class_chunk == 0)
     row_loss, rows, cosines = _rows_of(
         input,
         linear_weight,
@@ -85,7 +95,7 @@ def loss_fwd(
         lam,
         weight,
         label_smoothing,
-        e[:n, :num_classes] if keep_e else None,
+        filled,
         save,
         class_chunk,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .margin import margin_terms, namespace, stacked
 from .panels import exponentials
-from .portable import e_storage
+from .portable import make_e
 from .products import Backward, products, recomputed
 
 
@@ -45,16 +45,9 @@ def shard_fwd(
         exp(z_j - r), sum of smoothing_j z_j, all over j != y; and f, alpha, beta, gamma where the
         target is here, else 0. And (N,) float32, the cosine between x_i and w_y, 0 likewise.
     """
-    n, num_classes = input.shape[0], linear_weight.shape[0]
+    num_classes = linear_weight.shape[0]
     smooth = smoothing is not None
-    shape, dtype = e_storage(input, num_classes, smooth)
-    keep_e = save and class_chunk == 0
-    e = input.new_empty(shape if keep_e else [0], dtype=dtype)
-    columns = e[:n, :num_classes] if keep_e else None
-    if keep_e:
-        e[:, num_classes:] = 0.0  # the padding
-    if keep_e and smoothing is not None:
-        e[n, :num_classes] = smoothing
+    e, columns = make_e(input, num_classes, smoothing, save and class_chunk == 0)
     sums = exponentials(
         input, linear_weight, target, columns, smoothing, smooth, class_chunk, elsewhere=True
     )

@@ -77,7 +77,7 @@ class ClassSampling(nn.Module):
         self._drawn = int(self.draws)
 
 
-def check_sampling(sample_rate: float, label_smoothing: float) -> None:
+def check_sampling(sample_rate: float, seed: int, label_smoothing: float) -> None:
     """Raises TypeError or ValueError."""
     if not checks.is_number(sample_rate):
         raise TypeError(
@@ -85,6 +85,10 @@ def check_sampling(sample_rate: float, label_smoothing: float) -> None:
         )
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate}")
+    if not checks.is_integer(seed):
+        raise TypeError(f"seed: expected an integer >= 0, got {checks.kind(seed)}")
+    if seed < 0:
+        raise ValueError(f"seed: expected an integer >= 0, got {seed}")
     if sample_rate < 1 and label_smoothing > 0:
         raise ValueError(
             "label_smoothing: expected 0 with sample_rate < 1, for it needs all logits, got "

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops as ops  # defines what follows
 from .checks import (
@@ -18,6 +18,7 @@ from .checks import (
     lam_tensor,
     positive,
 )
+from .schedule_state import ScheduleState
 
 __all__ = ["LambdaSchedule"]
 
@@ -30,7 +31,7 @@ _BASE, _KEEP, _POWER, _FRACTION = 1000.0, 0.5, 4.0, 0.3
 _MEMORY = 0.9  # of the running mean over batches
 
 
-class LambdaSchedule(nn.Module):
+class LambdaSchedule(ScheduleState):
     r"""Caffe's rule for the annealing weight, as the authors trained.
 
     .. math:: \lambda(t) = \max(\mathrm{minimum},\ \mathrm{base}\,(1 + \gamma t)^{-\mathrm{power}})
@@ -80,10 +81,6 @@ class LambdaSchedule(nn.Module):
         ValueError: a parameter is negative or not finite in float32, or ``keep`` is not below 1.
     """
 
-    steps: Tensor
-    lam: Tensor
-    share: Tensor
-    _has_no_numbers = False  # since it was made on the meta device
     _has_layer = False
 
     def __init__(
@@ -108,11 +105,7 @@ class LambdaSchedule(nn.Module):
         self.power, self.minimum = float(power), float(minimum)
         self.keep = keep
         self.auto_step = auto_step
-        # A constant is configuration, not state: it is not saved, so that the state_dict of a layer
-        # with a constant lam is that of the plain layer.
-        for name, number in self.beginning().items():
-            self.register_buffer(name, number, persistent=not self.is_constant)
-        self._has_no_numbers = self.lam.is_meta
+        self.begin()
 
     @classmethod
     def constant(cls, lam: float) -> LambdaSchedule:
@@ -226,31 +219,6 @@ class LambdaSchedule(nn.Module):
         check_device("cosine", cosine, self.lam)
         self._anneal(None, cosine.detach().float(), check_margin(margin))
 
-    def check_begun(self) -> None:
-        """Of a schedule made on the meta device whose buffers have been replaced since, looks once
-        whether by numbers or by uninitialised memory, which transformers' ``from_pretrained`` puts
-        where a checkpoint has nothing. A constant needs none to begin. Under ``torch.compile`` the
-        look breaks the graph.
-
-        Raises:
-            RuntimeError: the numbers are those of no schedule.
-        """
-        if not self._has_no_numbers or self.lam.is_meta or is_transformed():
-            return
-        if self.is_constant:
-            self.reset_parameters()
-            return
-        steps, lam, share = int(self.steps), float(self.lam), float(self.share)
-        # Of any schedule, for the one that was saved may have been another.
-        in_range = 0 <= steps < 2**40 and 0 <= lam <= max(1e9, self.base) and 0 <= share <= 1
-        if not in_range or (lam < 1e-6 and share < 0.5):
-            raise RuntimeError(
-                f"LambdaSchedule: steps = {steps}, lam = {lam:g}, share = {share:g} are of no "
-                "schedule. It was made on the meta device and not initialised since: call its "
-                "reset_parameters(), in transformers from _init_weights (docs/ecosystem.md)"
-            )
-        self._has_no_numbers = False
-
     def begin_step(self) -> Tensor:
         """lam for a training forward: :meth:`upcoming` with ``auto_step``, else as it is.
 
@@ -292,30 +260,6 @@ class LambdaSchedule(nn.Module):
             f"minimum={self.minimum:g}" + ("" if self.keep is None else f", keep={self.keep:g}")
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LambdaSchedule:
-        """Module.to(), half() and so on: the device changes, numbers keep their bits, in to_empty()
-        too.
-        """
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        if before["lam"].is_meta and not self.lam.is_meta:  # there are none to move
-            before = self.beginning(self.lam.device)
-            self._has_no_numbers = False
-        for name, number in before.items():
-            now = getattr(self, name)
-            if now.dtype != number.dtype:
-                setattr(self, name, number.to(now.device))
-            elif now is not number:
-                now.copy_(number)
-        self._has_no_numbers |= self.lam.is_meta
-        return self
-
-    def reset_parameters(self) -> None:
-        """Back to before the first step, in place; one made on the meta device begins here."""
-        for name, number in self.beginning(self.lam.device).items():
-            getattr(self, name).copy_(number)
-        self._has_no_numbers = self.lam.is_meta
-
     def beginning(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The buffers before the first step."""
         lam = self.value(0)
@@ -325,24 +269,3 @@ class LambdaSchedule(nn.Module):
             "lam": torch.full((), lam, dtype=torch.float32, device=device),
             "share": torch.full((), share, dtype=torch.float32, device=device),
         }
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        """Accepts a checkpoint without annealing, which changes none. And one of before there was a
-        ``share``: training goes on at its lam.
-        """
-        state = {prefix + name: value for name, value in self.state_dict().items()}
-        given = prefix + "lam" in state_dict
-        if not state.keys() & state_dict.keys():
-            state_dict.update(state)
-        elif given:
-            state_dict.setdefault(prefix + "share", 1 / (1 + state_dict[prefix + "lam"]))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if local_metadata.get("assign_to_params_buffers"):  # into a layer made on the meta device
-            self.lam, self.share = self.lam.float(), self.share.float()  # from a 16-bit checkpoint
-            where = torch.device("cpu") if self.lam.is_meta else self.lam.device
-            for name, number in self.beginning(where).items():
-                if getattr(self, name).is_meta:  # not in the checkpoint
-                    setattr(self, name, number)
-        self._has_no_numbers &= not given or self.lam.is_meta

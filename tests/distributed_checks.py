@@ -243,6 +243,8 @@ def arguments(world: World) -> None:
         (ValueError, r"process_group: expected a DeviceMesh of 1 dim", {"process_group": whole}),
         (ValueError, r"sample_rate: expected a number in \(0, 1\], got 0", {"sample_rate": 0}),
         (TypeError, r"sample_rate: expected a number in \(0, 1\], got str", {"sample_rate": "a"}),
+        (ValueError, "seed: expected an integer >= 0, got -1", {"seed": -1}),
+        (TypeError, "seed: expected an integer >= 0, got float", {"seed": 1.5}),
         (ValueError, "label_smoothing", {"sample_rate": 0.5, "label_smoothing": 0.1}),
         (ValueError, "max_local_batch: expected an integer >= 1", {"max_local_batch": 0}),
         (ValueError, "reduction: expected one of", {"reduction": "max"}),

@@ -129,6 +129,12 @@ def test_one_class_and_one_row():
     check(lsoftmax.margin_stats(x[0], w, y[0], 2), expected(x, w, y, 2, 0.0))
 
 
+def test_features_of_no_size() -> None:
+    """The loss takes them; there is no angle."""
+    stats = lsoftmax.margin_stats(torch.randn(3, 0), torch.randn(4, 0), torch.tensor([0, 1, 1]))
+    assert stats.input_norm == 0
+
+
 def test_features_of_autocast():
     x, w, y = batch()
     narrow = x.bfloat16()

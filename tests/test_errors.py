@@ -294,6 +294,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
     x, w, y = torch.randn(N, D), torch.randn(C, D), torch.randint(C, (N,))
     loss = lsoftmax.functional.lsoftmax_loss(x, w, y, np.int8(3), np.float64(0.5), **of_numpy)
     assert loss == lsoftmax.functional.lsoftmax_loss(x, w, y, 3, 0.5, **options)
+    bytes_of_one = np.uint8(200), 200  # small for what is counted in its type
+    small, same = (lsoftmax.functional.plan(x, w, memory_budget=b) for b in bytes_of_one)
+    assert small == same
+    assert {type(number) for number in small} == {int}
     curve = lsoftmax.LambdaSchedule(np.float32(9), np.float64(0.5), np.int64(2), keep=np.float16(0))
     layer = lsoftmax.LSoftmaxLoss(np.int64(D), np.int64(C), np.int64(3), lam=curve, **of_numpy)
     for name, value in options.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lsoftmax import memory
 from lsoftmax import plan as planning
 from lsoftmax.plan import choose
 
@@ -19,7 +20,7 @@ def test_a_capture_goes_the_way_of_the_steps_before_it(monkeypatch: pytest.Monke
     stats = {"reserved_bytes": {"all": {"current": 5 * gb}}}
     stats["allocated_bytes"] = {"all": {"current": 3 * gb}}
     capturing, share = False, 1.0
-    monkeypatch.setattr(planning, "_last_free", {})
+    monkeypatch.setattr(memory, "_last_free", {})
     for name, value in {
         "is_available": lambda: True,
         "is_current_stream_capturing": lambda: capturing,
@@ -30,30 +31,30 @@ def test_a_capture_goes_the_way_of_the_steps_before_it(monkeypatch: pytest.Monke
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     capturing = True
-    assert planning.free_memory(device) == 40 * gb  # nothing is known yet
+    assert memory.free_memory(device) == 40 * gb  # nothing is known yet
     capturing = False
-    assert planning.free_memory(device) == 52 * gb
+    assert memory.free_memory(device) == 52 * gb
     share = 0.25  # 20 GB, of which some are reserved
     reserved = stats["reserved_bytes"]["all"]["current"]
-    assert planning.free_memory(device) == 22 * gb - reserved
+    assert memory.free_memory(device) == 22 * gb - reserved
     share = reserved / (160 * gb)  # of what was reserved before, torch returns none
-    assert planning.free_memory(device) == 2 * gb
+    assert memory.free_memory(device) == 2 * gb
     share = 1.0
-    assert planning.free_memory(device) == 52 * gb
+    assert memory.free_memory(device) == 52 * gb
     capturing = True
-    assert planning.free_memory(device) == 52 * gb
+    assert memory.free_memory(device) == 52 * gb
 
 
 def test_an_allocator_that_keeps_no_books(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(device: torch.device) -> None:
         raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats")
 
-    monkeypatch.setattr(planning, "_last_free", {})
+    monkeypatch.setattr(memory, "_last_free", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", refuse)
-    assert planning.free_memory(torch.device("cuda", 0)) == 50
+    assert memory.free_memory(torch.device("cuda", 0)) == 50
 
 
 def group_of(folder: Path, names: tuple[str, str], version: int, limit: str) -> None:
@@ -69,22 +70,22 @@ def group_of(folder: Path, names: tuple[str, str], version: int, limit: str) -> 
 def test_a_container_has_what_its_limit_leaves(
     version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "_free_host_memory", lambda: 5000)
-    names = dict(zip((2, 1), planning._GROUPS.values(), strict=True))
+    monkeypatch.setattr(memory, "_free_host_memory", lambda: 5000)
+    names = dict(zip((2, 1), memory._GROUPS.values(), strict=True))
     folders = {number: tmp_path / str(number) for number in names}
     folders[version].mkdir()
-    monkeypatch.setattr(planning, "_GROUPS", {folders[n]: names[n] for n in names})
+    monkeypatch.setattr(memory, "_GROUPS", {folders[n]: names[n] for n in names})
     for limit, free in (("1000", 400), ("500", 0), ("9223372036854771712", 5000), ("max", 5000)):
         group_of(folders[version], names[version], version, limit)
-        assert planning.free_memory(CPU) == free, limit
-    monkeypatch.setattr(planning, "_GROUPS", {tmp_path: names[version]})
-    assert planning.free_memory(CPU) == 5000
+        assert memory.free_memory(CPU) == free, limit
+    monkeypatch.setattr(memory, "_GROUPS", {tmp_path: names[version]})
+    assert memory.free_memory(CPU) == 5000
 
 
 def test_a_system_that_says_nothing_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: False)
     monkeypatch.delattr("os.sysconf")
-    assert planning._free_host_memory() == planning._UNKNOWN_MEMORY
+    assert memory._free_host_memory() == memory._UNKNOWN_MEMORY
 
 
 def test_what_is_remembered_for_checkpoints_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

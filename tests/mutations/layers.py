@@ -101,14 +101,14 @@ FAULTS = [
     ),
     portable(
         "plan: the free memory is no constant of compiled code",
-        "plan.py",
-        "for _asks in (free_memory, little_memory,",
-        "for _asks in (little_memory,",
+        "memory.py",
+        "free_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]\n",
+        "",
         "test_plan.py::test_compiles_with_what_is_asked_of_the_device",
     ),
     portable(
         "plan: fake tensors ask a driver that is not there",
-        "plan.py",
+        "memory.py",
         'return device.type == "cuda" and torch.cuda.is_available()',
         'return device.type == "cuda"',
         "test_plan.py::test_fake_tensors_need_no_gpu",

@@ -120,14 +120,14 @@ FAULTS = [
     ),
     parallel(
         "clipping by the norm of the backbone alone",
-        "distributed.py",
+        "clipping.py",
         "total = get_total_norm(norms, norm_type)",
         "total = get_total_norm(norms[:1], norm_type)",
         world(2, "distributed_training_checks:data_parallel"),
     ),
     parallel(
         "the largest gradient is that of this process's rows",
-        "distributed.py",
+        "clipping.py",
         "        dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)\n",
         "        pass\n",
         world(3, "distributed_training_checks:clipped_by_the_largest"),
