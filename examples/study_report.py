@@ -182,16 +182,16 @@ def unequal_tables(results: Results) -> str:
     across = [(activation, m) for activation in ("relu", "prelu") for m in (2, 4)]
     titles = {"relu": "ReLU", "prelu": "PReLU"}
     heads = [f"{titles[activation]}, m = {m}" for activation, m in across]
-    ways, tables = ("as they are", "class weights", "balanced batches"), []
+
+    def entry(task: str, name: str, activation: str, margin: int) -> str:
+        like = Cell(task, 1 if name == "softmax" else margin, name, 0.1, 0, activation)
+        runs = select(results, like)
+        lost = statistics.mean(run["never_predicted"] for run in runs) if runs else 0
+        return spread(runs, "error") + (f" ({lost:.1f})" if lost else "")
+
+    tables = []
+    ways = ("as they are", "class weights", "balanced batches")
     for task, words in zip(UNEQUAL, ways, strict=True):
-        rows = []
-        for name in ANNEALINGS:
-            row = [name]
-            for activation, margin in across:
-                like = Cell(task, 1 if name == "softmax" else margin, name, 0.1, 0, activation)
-                runs = select(results, like)
-                lost = statistics.mean(run["never_predicted"] for run in runs) if runs else 0
-                row.append(spread(runs, "error") + (f" ({lost:.1f})" if lost else ""))
-            rows.append(row)
+        rows = [[name, *(entry(task, name, *column) for column in across)] for name in ANNEALINGS]
         tables.append(table([f"{words}: error, %", *heads], rows))
     return "\n".join(tables)

@@ -45,8 +45,10 @@ def run_installed() -> None:
     """In a source tree, ends this program as that of the installed package which the tree hides:
     ``python -m`` looks into the current directory first. Returns where there is none.
     """
+    if not is_source_tree():
+        return
     installed = PathFinder.find_spec("lsoftmax", sys.path[1:])
-    if not is_source_tree() or installed is None or installed.origin is None:
+    if installed is None or installed.origin is None:
         return
     if Path(installed.origin).parent.samefile(Path(__file__).parent):
         return

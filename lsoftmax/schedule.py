@@ -158,11 +158,6 @@ class LambdaSchedule(ScheduleState):
         keep = check_number("keep", keep)  # without it there is no angle to go by
         return cls(_BASE, 1.0, 2.0, minimum, keep=keep, auto_step=auto_step)
 
-    @property
-    def is_constant(self) -> bool:
-        """Whether lam never changes."""
-        return self.keep is None and (self.gamma == 0 or self.power == 0)
-
     def belong_to_layer(self) -> None:
         """Called by a layer that is given this schedule. Warns where another has it already."""
         if self._has_layer and self.auto_step and not self.is_constant:
@@ -176,16 +171,6 @@ class LambdaSchedule(ScheduleState):
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no layer yet."""
         return self.__dict__ | {"_has_layer": False}
-
-    def value(self, step: int | Tensor) -> float:
-        """The curve after ``step`` training steps, as a Python float: for plots and logs. lam is
-        this, or with ``keep`` at least this.
-
-        Raises:
-            TypeError, ValueError: ``step`` is no number >= 0.
-        """
-        taken = check_number("step", step.item() if isinstance(step, Tensor) else step)
-        return max(self.minimum, self.base * (1 + self.gamma * taken) ** -self.power)
 
     def upcoming(self) -> Tensor:
         """lam of the next training step, a 0-dim float32 tensor; changes nothing."""
@@ -259,13 +244,3 @@ class LambdaSchedule(ScheduleState):
             f"base={self.base:g}, gamma={self.gamma:g}, power={self.power:g}, "
             f"minimum={self.minimum:g}" + ("" if self.keep is None else f", keep={self.keep:g}")
         )
-
-    def beginning(self, device: torch.device | None = None) -> dict[str, Tensor]:
-        """The buffers before the first step."""
-        lam = self.value(0)
-        share = 1 / (1 + lam) if self.keep is None else 0.0
-        return {
-            "steps": torch.zeros((), dtype=torch.int64, device=device),
-            "lam": torch.full((), lam, dtype=torch.float32, device=device),
-            "share": torch.full((), share, dtype=torch.float32, device=device),
-        }

@@ -1,4 +1,4 @@
-"""The numbers of a schedule on their way through devices, types and checkpoints."""
+"""A schedule's curve, and its numbers on their way through devices, types and checkpoints."""
 
 from __future__ import annotations
 
@@ -7,22 +7,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import is_transformed
+from .checks import check_number, is_transformed
 
 
 class ScheduleState(nn.Module):
-    """Buffers that keep their bits whatever becomes of the layer; see ``LambdaSchedule``."""
+    """Parameters of the curve, which the subclass sets, and buffers that keep their bits whatever
+    becomes of the layer; see ``LambdaSchedule``.
+    """
 
     steps: Tensor
     lam: Tensor
     share: Tensor
     base: float
-    is_constant: Any
+    gamma: float
+    power: float
+    minimum: float
+    keep: float | None
     _has_no_numbers = False  # since it was made on the meta device
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether lam never changes."""
+        return self.keep is None and (self.gamma == 0 or self.power == 0)
+
+    def value(self, step: int | Tensor) -> float:
+        """The curve after ``step`` training steps, as a Python float: for plots and logs. lam is
+        this, or with ``keep`` at least this.
+
+        Raises:
+            TypeError, ValueError: ``step`` is no number >= 0.
+        """
+        taken = check_number("step", step.item() if isinstance(step, Tensor) else step)
+        return max(self.minimum, self.base * (1 + self.gamma * taken) ** -self.power)
 
     def beginning(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The buffers before the first step."""
-        raise NotImplementedError
+        lam = self.value(0)
+        share = 1 / (1 + lam) if self.keep is None else 0.0
+        return {
+            "steps": torch.zeros((), dtype=torch.int64, device=device),
+            "lam": torch.full((), lam, dtype=torch.float32, device=device),
+            "share": torch.full((), share, dtype=torch.float32, device=device),
+        }
 
     def begin(self) -> None:
         """Make the buffers. A constant is configuration, not state: it is not saved, so that the
