@@ -53,21 +53,20 @@ void exponentials(const Loss& loss, const Tensor& rows, const Tensor& reference,
 
 }  // namespace
 
-std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream& upstream,
-                                                const Tensor& rows, const Tensor& reference,
-                                                int64_t class_chunk, bool need_input,
-                                                bool need_weight, cudaStream_t stream) {
-  const int64_t n = loss.n(), d = loss.d(), c = loss.c(), chunk = std::min(class_chunk, c);
+std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Backward& args,
+                                                const Upstream& upstream, cudaStream_t stream) {
+  const int64_t n = loss.n(), d = loss.d(), c = loss.c(), chunk = std::min(args.class_chunk, c);
   const int64_t e_rows = loss.e_rows(n);
   const Tensor &x = loss.x, &w = loss.w;
+  const Tensor reference = args.reference.defined() ? args.reference : args.rows[4];
   Loss part = loss;  // a chunk's classes: what they are to be computed by
   part.w = w.narrow(0, 0, chunk);
   const Panel panel = forward_panel(part, padded(chunk), /*keep_e=*/true);
   const bool fused = !panel.z.defined();
   const auto e_type = panel.e.scalar_type();
   Tensor dx, dw, product, slice;
-  if (need_input) product = allocate("a product", {e_rows, d}, loss.wide());
-  if (need_weight) {
+  if (args.need_input) product = allocate("a product", {e_rows, d}, loss.wide());
+  if (args.need_weight) {
     dw = allocate("the gradient of linear_weight", w.sizes(), w.options());
     if (w.scalar_type() != e_type) slice = at::empty({chunk, d}, panel.e.options());
   }
@@ -79,20 +78,20 @@ std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream
       fused_exponentials(loss, reference, panel.e, first, width, stream);
     } else {
       make_logits(loss, panel, first, width);
-      exponentials(loss, rows, reference, panel, first, width, stream);
+      exponentials(loss, args.rows, reference, panel, first, width, stream);
     }
     const Tensor e = corner(panel.e, e_rows, width);
-    if (need_input) {
+    if (args.need_input) {
       matmul_e(loss, product, e, w.narrow(0, first, width).to(e_type), /*add=*/first > 0);
     }
-    if (!need_weight) continue;
+    if (!args.need_weight) continue;
     const Tensor dw_slice = dw.narrow(0, first, width);
     const Tensor sum = slice.defined() ? slice.narrow(0, 0, width) : dw_slice;
     matmul_e(loss, sum, e.t(), upstream.scaled_x);
     finish_gradients(x, w, loss.y, shares, Tensor(), Tensor(), sum, first, /*wide=*/false, stream);
     if (slice.defined()) dw_slice.copy_(sum);
   }
-  if (need_input) {
+  if (args.need_input) {
     const bool in_place = loss.shard || x.scalar_type() == product.scalar_type();
     dx = in_place ? product.narrow(0, 0, n) : at::empty_like(x);
     finish_gradients(x, w, loss.y, shares, product, dx, Tensor(), 0, /*wide=*/loss.shard, stream);

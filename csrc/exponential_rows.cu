@@ -129,12 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads) exponential_rows_kernel(Exponenti
   const double w_y = p.class_weight == nullptr ? 1 : static_cast<double>(p.class_weight[y]);
   const RowTerms terms = row_terms(m, {r, e_sum, 0}, {w_y, 0, 0, 1});
   p.row_loss[i] = static_cast<float>(terms.loss);
-  if (p.rows == nullptr) return;
-  p.rows[i] = static_cast<float>(terms.scale);
-  p.rows[p.n + i] = static_cast<float>(terms.input_share);
-  p.rows[2 * p.n + i] = static_cast<float>(terms.weight_share);
-  p.rows[3 * p.n + i] = static_cast<float>(terms.target_share);
-  p.rows[4 * p.n + i] = p.reference[i];
+  if (p.rows != nullptr) save_row(p.rows, p.n, i, terms, r);
 }
 
 }  // namespace

@@ -5,19 +5,21 @@
 #include "engine.h"
 
 namespace lsoftmax {
+namespace {
 
-std::pair<Tensor, Tensor> backward_in_budget(const Loss& loss, const Upstream& upstream,
-                                             const Tensor& e, bool need_input, bool need_weight,
-                                             cudaStream_t stream) {
+// From E as forward left it.
+std::pair<Tensor, Tensor> backward_in_budget(const Loss& loss, const Backward& args,
+                                             const Upstream& upstream, cudaStream_t stream) {
+  const Tensor e = corner(args.e, loss.e_rows(loss.n()), loss.c());
   const Shares shares = upstream.of(loss);
   Tensor product, dx, dw;
-  if (need_input) {
+  if (args.need_input) {
     product = allocate("a product", {e.size(0), loss.d()}, loss.wide());
     matmul_e(loss, product, e, loss.w.to(e.scalar_type()));
     const bool in_place = loss.shard || loss.x.scalar_type() == product.scalar_type();
     dx = in_place ? product.narrow(0, 0, loss.n()) : at::empty_like(loss.x);
   }
-  if (need_weight) {
+  if (args.need_weight) {
     dw = allocate("the gradient of linear_weight", loss.w.sizes(), e.options());
     matmul_e(loss, dw, e.t(), upstream.scaled_x);
   }
@@ -28,10 +30,30 @@ std::pair<Tensor, Tensor> backward_in_budget(const Loss& loss, const Upstream& u
   if (!loss.shard) {
     finish(product, dx, dw, /*wide=*/false);
   } else {  // one launch has one type, and a shard's dX is wider than its dW
-    if (need_input) finish(product, dx, Tensor(), /*wide=*/true);
-    if (need_weight) finish(Tensor(), Tensor(), dw, /*wide=*/false);
+    if (args.need_input) finish(product, dx, Tensor(), /*wide=*/true);
+    if (args.need_weight) finish(Tensor(), Tensor(), dw, /*wide=*/false);
   }
-  return {dx, need_weight ? dw.to(loss.w.scalar_type()) : dw};
+  return {dx, args.need_weight ? dw.to(loss.w.scalar_type()) : dw};
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> backward(const Loss& loss, const Backward& args, cudaStream_t stream) {
+  const int64_t n = loss.n(), c = loss.c(), e_rows = loss.e_rows(n);
+  CHECK_LIKE(args.rows, loss.x, accumulate_type(loss.x));
+  CHECK_SHAPE(args.rows, {5, n});
+  TORCH_CHECK(args.class_chunk > 0 ||
+                  (args.e.dim() == 2 && args.e.size(0) == e_rows && args.e.size(1) >= c),
+              "e: expected ", e_rows, " rows of at least ", c, ", got ", args.e.sizes());
+  if (n == 0) {
+    const auto options = loss.shard ? loss.wide() : loss.x.options();
+    return {args.need_input ? at::empty(loss.x.sizes(), options) : Tensor(),
+            args.need_weight ? at::zeros_like(loss.w) : Tensor()};
+  }
+  const Upstream upstream =
+      backward_rows(loss, args.grad, args.divisor, args.rows, args.need_weight, stream);
+  return args.class_chunk > 0 ? backward_class_chunks(loss, args, upstream, stream)
+                              : backward_in_budget(loss, args, upstream, stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
@@ -71,27 +93,13 @@ std::tuple<Tensor, Tensor> loss_bwd(const Tensor& grad, const Tensor& input,
                                     bool need_weight) {
   const Scope scope(input);
   const Loss loss = check_loss(input, linear_weight, target, weight, ignore_index, label_smoothing);
-  const int64_t n = loss.n(), c = loss.c(), e_rows = loss.e_rows(n);
+  const int64_t n = loss.n();
   CHECK_LIKE(grad, input, accumulate_type(input));
-  CHECK_LIKE(rows, input, accumulate_type(input));
-  CHECK_SHAPE(rows, {5, n});
   TORCH_CHECK(grad.dim() == 0 || (grad.dim() == 1 && grad.size(0) == n),
               "grad: expected shape () or (", n, "), got ", grad.sizes());
-  TORCH_CHECK(class_chunk > 0 || (e.dim() == 2 && e.size(0) == e_rows && e.size(1) >= c),
-              "e: expected ", e_rows, " rows of at least ", c, ", got ", e.sizes());
-  Tensor dx, dw;
-  if (n == 0) {
-    if (need_input) dx = at::empty(input.sizes(), input.options());
-    if (need_weight) dw = at::zeros(linear_weight.sizes(), linear_weight.options());
-  } else {
-    const Upstream upstream =
-        backward_rows(loss, grad.contiguous(), divisor, rows, need_weight, scope.stream);
-    std::tie(dx, dw) = class_chunk > 0
-                           ? backward_class_chunks(loss, upstream, rows, rows[4], class_chunk,
-                                                   need_input, need_weight, scope.stream)
-                           : backward_in_budget(loss, upstream, corner(e, e_rows, c), need_input,
-                                                need_weight, scope.stream);
-  }
+  const Backward args{grad.contiguous(), divisor,    rows,       Tensor(), e,
+                      class_chunk,       need_input, need_weight};
+  const auto [dx, dw] = backward(loss, args, scope.stream);
   const Tensor none = dx.defined() && dw.defined() ? Tensor() : at::empty({0}, input.options());
   return {dx.defined() ? dx : none, dw.defined() ? dw : none};
 }

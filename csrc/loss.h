@@ -136,17 +136,20 @@ Upstream backward_rows(const Loss& loss, const Tensor& grad, const Tensor& divis
 void forward_class_chunks(const Loss& loss, const Margin& margin, int64_t class_chunk,
                           const Rows& rows, cudaStream_t stream);
 
-// Of loss_bwd and shard_bwd: dX, of a shard in the accumulate type, and dW; undefined where not
-// needed. In budget, from E as forward left it:
-std::pair<Tensor, Tensor> backward_in_budget(const Loss& loss, const Upstream& upstream,
-                                             const Tensor& e, bool need_input, bool need_weight,
-                                             cudaStream_t stream);
+// What loss_bwd and shard_bwd are given, beside the loss.
+struct Backward {
+  Tensor grad, divisor, rows;  // as backward_rows() takes them
+  Tensor reference;            // (N,), of Exponentials; undefined: the last of the rows
+  Tensor e;                    // as forward left it, in budget
+  int64_t class_chunk;         // 0: in budget
+  bool need_input, need_weight;
+};
 
-// The same in chunks of classes. `rows` and `reference` are those of Exponentials; rows are not
-// read of a shard.
-std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Upstream& upstream,
-                                                const Tensor& rows, const Tensor& reference,
-                                                int64_t class_chunk, bool need_input,
-                                                bool need_weight, cudaStream_t stream);
+// dX, of a shard in the accumulate type, and dW; undefined where not needed.
+std::pair<Tensor, Tensor> backward(const Loss& loss, const Backward& args, cudaStream_t stream);
+
+// The same in chunks of classes, of one row or more.
+std::pair<Tensor, Tensor> backward_class_chunks(const Loss& loss, const Backward& args,
+                                                const Upstream& upstream, cudaStream_t stream);
 
 }  // namespace lsoftmax

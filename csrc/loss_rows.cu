@@ -211,11 +211,7 @@ __device__ void finish_row(const LossRows<T>& p, int64_t i, const MarginTerms& m
   const RowTerms terms = row_terms(m, sums, q);
   p.row_loss[i] = static_cast<A>(terms.loss);
   if (p.rows == nullptr) return;
-  p.rows[i] = static_cast<A>(terms.scale);
-  p.rows[p.n + i] = static_cast<A>(terms.input_share);
-  p.rows[2 * p.n + i] = static_cast<A>(terms.weight_share);
-  p.rows[3 * p.n + i] = static_cast<A>(terms.target_share);
-  p.rows[4 * p.n + i] = static_cast<A>(sums.reference);
+  save_row(p.rows, p.n, i, terms, sums.reference);
   if (p.e != nullptr && p.target_in_e) p.e[i * p.e_stride + y] = static_cast<E>(terms.e_y);
 }
 

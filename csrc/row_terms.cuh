@@ -74,6 +74,14 @@ __device__ inline RowTerms row_terms(const MarginTerms& m, const RowSums<double>
   return {loss, total / s, g * m.beta, g * m.gamma, target_share, e_y};
 }
 
+// What backward gets of row i, in rows (5, N).
+template <typename A>
+__device__ void save_row(A* rows, int64_t n, int64_t i, const RowTerms& terms, double reference) {
+  const double values[] = {terms.scale, terms.input_share, terms.weight_share, terms.target_share,
+                           reference};
+  for (int k = 0; k < 5; ++k) rows[k * n + i] = static_cast<A>(values[k]);
+}
+
 // One more row of E, by the whole block: label smoothing's constant gradient has rank one, and as a
 // row of E its class side costs no pass of its own. Zeros from `width` to `end`.
 template <typename T>

@@ -54,26 +54,11 @@ std::tuple<Tensor, Tensor> shard_bwd(const Tensor& rows, const Tensor& input,
                                      bool need_weight) {
   const Scope scope(input);
   const Loss loss = check_shard(input, linear_weight, target, smoothing, class_chunk);
-  const int64_t n = loss.n(), c = loss.c(), e_rows = loss.e_rows(n);
-  CHECK_LIKE(rows, input, accumulate_type(input));
-  CHECK_SHAPE(rows, {5, n});
   CHECK_LIKE(reference, input, accumulate_type(input));
-  CHECK_SHAPE(reference, {n});
-  TORCH_CHECK(class_chunk > 0 || (e.dim() == 2 && e.size(0) == e_rows && e.size(1) >= c),
-              "e: expected ", e_rows, " rows of at least ", c, ", got ", e.sizes());
-  Tensor dx, dw;
-  if (n == 0) {
-    if (need_input) dx = at::empty({n, loss.d()}, loss.wide());
-    if (need_weight) dw = at::zeros_like(loss.w);
-  } else {
-    const Upstream upstream =
-        backward_rows(loss, Tensor(), Tensor(), rows.contiguous(), need_weight, scope.stream);
-    std::tie(dx, dw) =
-        class_chunk > 0 ? backward_class_chunks(loss, upstream, Tensor(), reference.contiguous(),
-                                                class_chunk, need_input, need_weight, scope.stream)
-                        : backward_in_budget(loss, upstream, corner(e, e_rows, c), need_input,
-                                             need_weight, scope.stream);
-  }
+  CHECK_SHAPE(reference, {loss.n()});
+  const Backward args{Tensor(), Tensor(),    rows.contiguous(), reference.contiguous(),
+                      e,        class_chunk, need_input,        need_weight};
+  const auto [dx, dw] = backward(loss, args, scope.stream);
   return {need_input ? dx : at::empty({0}, loss.wide()),
           need_weight ? dw : at::empty({0}, loss.x.options())};
 }
