@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import _extension, functional, reference
+from . import flops as flops
 from . import ops as ops
 from . import ops_shard as ops_shard
 from ._extension import cuda_available
