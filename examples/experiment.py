@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import lsoftmax
 from extras import needed
 from files import write_json
+from sampled import sampled
 from training import Augment, Log, Recipe, Training
 
 with needed():
@@ -156,6 +157,7 @@ def prepare(
     *,
     augment: Augment | None = None,
     amp: bool = False,
+    sample_rate: float = 1.0,
 ) -> Training:
     """A training that is about to begin: the same for every margin but for the loss itself."""
     torch.manual_seed(seed)
@@ -163,9 +165,10 @@ def prepare(
     schedule = setting.schedule(setting.recipe.steps(len(labels)))
     criterion = lsoftmax.LSoftmaxLoss(setting.features, classes, margin, lam=schedule)
     nn.init.kaiming_normal_(criterion.linear.weight)
+    criterion = criterion.to(images.device)
     return Training(
         network,
-        criterion.to(images.device),
+        criterion if sample_rate == 1 else sampled(criterion, sample_rate, seed),
         images,
         labels,
         setting.recipe,
@@ -187,7 +190,7 @@ def figures_of(training: Training) -> Row:
 
 
 def describe(
-    args: argparse.Namespace, setting: Setting, counts: Sequence[int], **data: int
+    args: argparse.Namespace, setting: Setting, counts: Sequence[int], **data: float
 ) -> dict[str, Any]:
     """The settings that results.json tells, which a resumed experiment must share.
 

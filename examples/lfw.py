@@ -14,7 +14,7 @@ import networks
 from augment import move
 from data import MissingDataError
 from experiment import Row, Setting, authors
-from options import arguments_of, device_of, positive
+from options import add_sample_rate, arguments_of, device_of, positive
 from pairs import lfw
 from recognition import compare
 from training import Recipe
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument(
         "--least", type=positive, default=2, help="images of a person to train on (%(default)s)"
     )
+    add_sample_rate(parser)
     args = parser.parse_args(arguments)
     args.device = device_of(args.device, parser)
     if args.folds > 10:

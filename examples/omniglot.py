@@ -14,7 +14,7 @@ import networks
 from augment import move
 from data import MissingDataError
 from experiment import Row, Setting
-from options import arguments_of, device_of
+from options import add_sample_rate, arguments_of, device_of
 from pairs import omniglot
 from recognition import compare
 from training import Recipe
@@ -31,6 +31,7 @@ SETTINGS = {
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser = arguments_of("omniglot", "Verify unseen characters of Omniglot.", SETTINGS)
+    add_sample_rate(parser)
     args = parser.parse_args(arguments)
     args.device = device_of(args.device, parser)
     try:

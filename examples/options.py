@@ -38,6 +38,14 @@ def keep_of(text: str) -> float:
     return keep
 
 
+def rate_of(text: str) -> float:
+    """An argument that is a share in (0, 1]."""
+    rate = float(text)
+    if not 0 < rate <= 1:
+        raise argparse.ArgumentTypeError(f"expected in (0, 1], got {text}")
+    return rate
+
+
 def device_of(text: str, parser: argparse.ArgumentParser) -> torch.device:
     """The device of this name, or the parser's error."""
     try:
@@ -68,3 +76,13 @@ def arguments_of(name: str, description: str, settings: Iterable[str]) -> argpar
         help="folder for results, pictures and checkpoints (%(default)s)",
     )
     return parser
+
+
+def add_sample_rate(parser: argparse.ArgumentParser) -> None:
+    """The argument of experiments with many classes."""
+    parser.add_argument(
+        "--sample-rate",
+        type=rate_of,
+        default=1.0,
+        help="share of the classes in a step, see lsoftmax.distributed (all)",
+    )

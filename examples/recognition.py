@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from experiment import (
 )
 from figures import draw_roc, draw_training
 from pairs import Verification
+from sampled import group_of_one
 from training import Augment, Log, features_of
 from verification import FAR_GRID, accuracy, best_threshold, cosines, curve, fold_accuracies
 
@@ -63,6 +65,8 @@ def compare(
     if min(counts) == 0:
         raise SystemExit(f"--least {least}: nobody has as many images")
     sizes = {"pairs": len(same)} | ({} if folds is None else {"least": least})
+    if args.sample_rate < 1:
+        sizes["sample_rate"] = args.sample_rate
     results = Results(args.output, describe(args, setting, counts, **sizes))
 
     def train(run: Row, checkpoint: Path, after_epoch: Callable[[Log], object]) -> Row:
@@ -76,6 +80,7 @@ def compare(
             run["seed"],
             augment=augment,
             amp=args.amp,
+            sample_rate=args.sample_rate,
         ).run(after_epoch, checkpoint)
         scores = cosines(features_of(training.network, test_images), data.pairs)
         tested = np.ones_like(same)
@@ -96,7 +101,8 @@ def compare(
     runs = [{"margin": m, "seed": s} for s in range(args.seeds) for m in args.margins]
     if folds is not None:
         runs = [{**run, "fold": fold} for fold in range(folds) for run in runs]
-    rows = run_all(results, runs, setting.recipe.epochs, train)
+    with group_of_one(args.device) if args.sample_rate < 1 else nullcontext():
+        rows = run_all(results, runs, setting.recipe.epochs, train)
     different = fold_of[~same]
     negatives = len(different) if folds is None else int(np.bincount(different).max())
     print(f"\n{table(rows, columns(negatives))}\n")

@@ -1,9 +1,9 @@
 """docs/experiments.md from the results in examples/results/: python examples/report.py.
 
 Fills what lies between ``<!-- NAME -->`` and ``<!-- end -->`` with the table of NAME.json, and
-draws its pictures beside the page. NAME-keep0.7.json, the same trained with that ``keep``, goes to
-the table that compares them. The README gets the first column of each. Results get there by hand:
-an experiment's results.json under the name of the experiment.
+draws its pictures beside the page. What was trained otherwise too, NAME-keep0.7.json with that
+``keep``, goes to a table that compares both. The README gets the first column of each. Results get
+there by hand: an experiment's results.json under the name of the experiment.
 """
 
 from __future__ import annotations
@@ -78,7 +78,12 @@ PARTS = {
 }
 
 
-KEPT = "keep0.7"  # in the name of results that were trained so, not with the schedule's default
+# Experiments that were trained otherwise too, by the block that compares them: the end of the name
+# of their results, and what they are called there.
+VARIANTS = {
+    "keep": {"keep0.7": "*keep=0.7*"},
+    "sampled": {"sample0.5": "*half of the classes a step*", "sample0.2": "*a fifth*"},
+}
 
 
 def block(part: Part, results: dict[str, Any]) -> str:
@@ -112,7 +117,11 @@ def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
     Raises:
         SystemExit: the page has no place for one.
     """
-    made = {"keep": compared(results)} if any(KEPT in key for key in results) else {}
+    made = {
+        name: compared(results, variants)
+        for name, variants in VARIANTS.items()
+        if any(key.endswith(tuple(variants)) for key in results)
+    }
     for key, part in measured_parts(results):
         picture = f"![{part.picture}](experiments-{key}.png)\n"
         made[key] = f"{block(part, results[key])}\n{picture}"
@@ -121,22 +130,25 @@ def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
     return page
 
 
-def compared(results: dict[str, dict[str, Any]]) -> str:
-    """Experiments that were trained with another ``keep`` too: two lines of each figure, from the
-    seeds and folds that were trained both ways.
+def compared(results: dict[str, dict[str, Any]], variants: dict[str, str]) -> str:
+    """Experiments that were trained otherwise too: a line each way of two figures, from the seeds
+    and folds that were trained every way.
     """
     lines = list(HEAD)
     for key, part in measured_parts(results):
-        if f"{key}-{KEPT}" not in results:
+        ways = {"": key} | {words: f"{key}-{end}" for end, words in variants.items()}
+        rows = {words: results[name]["rows"] for words, name in ways.items() if name in results}
+        if len(rows) == 1:
             continue
-        rows, others = results[key]["rows"], results[f"{key}-{KEPT}"]["rows"]
-        both = {run_of(row) for row in rows} & {run_of(row) for row in others}
-        rows, others = ([row for row in each if run_of(row) in both] for each in (rows, others))
-        folds = {row["fold"] for row in rows if "fold" in row}
+        common = set.intersection(*({run_of(row) for row in each} for each in rows.values()))
+        rows = {
+            words: [row for row in each if run_of(row) in common] for words, each in rows.items()
+        }
+        folds = {row["fold"] for row in rows[""] if "fold" in row}
         which = f" ({len(folds)} of 10 folds)" if folds else ""
-        for column, words in list(part.columns.items())[:2]:
-            lines.append(line(f"{key}{which}: {words}", figures(rows, column)))
-            lines.append(line("*keep=0.7*", figures(others, column)))
+        for column, title in list(part.columns.items())[:2]:
+            for words, each in rows.items():
+                lines.append(line(words or f"{key}{which}: {title}", figures(each, column)))
     return "\n".join(lines) + "\n"
 
 
@@ -181,7 +193,8 @@ def fill_readme(page: str, results: dict[str, dict[str, Any]]) -> str:
 
 def load() -> dict[str, dict[str, Any]]:
     """The results that are there."""
-    names = [name for key in PARTS for name in (key, f"{key}-{KEPT}")]
+    ends = ["", *(f"-{end}" for variants in VARIANTS.values() for end in variants)]
+    names = [key + end for key in PARTS for end in ends]
     paths = {name: RESULTS / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 

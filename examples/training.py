@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import lsoftmax
 from files import save
+from lsoftmax.distributed import ClassParallelLSoftmaxLoss
 
+Loss = lsoftmax.LSoftmaxLoss | ClassParallelLSoftmaxLoss
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Log = dict[str, Any]
 
@@ -66,7 +68,7 @@ class Training:
     def __init__(
         self,
         network: nn.Module,
-        criterion: lsoftmax.LSoftmaxLoss,
+        criterion: Loss,
         images: Tensor,
         labels: Tensor,
         recipe: Recipe,
@@ -79,9 +81,10 @@ class Training:
         self.images, self.labels = images, labels
         self.recipe, self.augment, self.amp = recipe, augment, amp
         steps = recipe.steps(len(labels))
-        parameters = [*network.parameters(), *criterion.parameters()]
+        # Groups of their own: an optimizer may treat the parameters of a group as one list.
+        groups = [{"params": list(part.parameters())} for part in (network, criterion)]
         self.optimizer = torch.optim.SGD(
-            parameters, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+            groups, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
         )
         lr_scheduler = torch.optim.lr_scheduler
         self.scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -184,10 +187,10 @@ class Training:
         return self
 
 
-def margin_stats_of(
-    criterion: lsoftmax.LSoftmaxLoss, features: Tensor, labels: Tensor
-) -> lsoftmax.MarginStats:
+def margin_stats_of(criterion: Loss, features: Tensor, labels: Tensor) -> lsoftmax.MarginStats:
     """What the margin does to these features, in the state the criterion is in."""
+    if isinstance(criterion, ClassParallelLSoftmaxLoss):
+        return criterion.margin_stats(features, labels)
     return lsoftmax.margin_stats(
         features, criterion.linear.weight, labels, criterion.margin, criterion.lam
     )

@@ -67,22 +67,33 @@ def test_a_column_that_only_some_rows_have():
     assert lines[3] == "| L-Softmax, m = 4 | 0.50 | 10.00 | 80.00 | 3.00 | 0.31 |"
 
 
-def test_comparison_with_another_keep():
-    """A line each way, under the margins; only of what was trained both ways."""
+def test_comparison_of_what_was_trained_otherwise_too():
+    """A line each way, under the margins; only of what was trained every way."""
+    keep = report.VARIANTS["keep"]
     results = {
         "mnist": results_of((1, 0, 1.0), (1, 1, 9.0), (4, 0, 0.5), (3, 0, 0.25)),
         "mnist-keep0.7": results_of((1, 0, 2.0), (2, 0, 0.75), (4, 0, 0.5)),
         "cifar10": results_of((1, 0, 3.0)),
     }
-    assert report.compared(results).splitlines()[2:] == [
+    assert report.compared(results, keep).splitlines()[2:] == [
         "| mnist: test error, % | 1.00 |  |  | 0.50 |",
         "| *keep=0.7* | 2.00 |  |  | 0.50 |",
         "| mnist: angle to the own class, degrees | 10.00 |  |  | 10.00 |",
         "| *keep=0.7* | 10.00 |  |  | 10.00 |",
     ]
+    sampled = {
+        "mnist": results["mnist"],
+        "mnist-sample0.5": results_of((1, 1, 2.0), (4, 0, 0.75), (3, 0, 4.0)),
+        "mnist-sample0.2": results_of((1, 1, 3.0), (4, 0, 1.5), (2, 0, 4.0)),
+    }
+    assert report.compared(sampled, report.VARIANTS["sampled"]).splitlines()[2:5] == [
+        "| mnist: test error, % | 9.00 |  |  | 0.50 |",
+        "| *half of the classes a step* | 2.00 |  |  | 0.75 |",
+        "| *a fifth* | 3.00 |  |  | 1.50 |",
+    ]
     for row in (row for kind in ("mnist", "mnist-keep0.7") for row in results[kind]["rows"]):
         row["fold"] = row["margin"]
-    assert "| mnist (2 of 10 folds): test error, % |" in report.compared(results)
+    assert "| mnist (2 of 10 folds): test error, % |" in report.compared(results, keep)
 
 
 def test_a_page_without_a_place_for_results_is_an_error():

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"the examples need {package}")
@@ -20,6 +21,7 @@ import files
 import lsoftmax
 import networks
 import options
+import sampled
 import training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,27 +55,43 @@ class Dropping(nn.Module):
         return nn.functional.dropout(self.body(images), 0.2, self.training)
 
 
-def prepared(device: str, margin: int = 4, seed: int = 3, **options) -> training.Training:
+def prepared(
+    device: str, margin: int = 4, seed: int = 3, classes: int = 4, **options
+) -> training.Training:
     images, labels = (t.to(device) for t in images_and_labels())
-    begun = experiment.prepare(SETTING, images, labels, 4, margin, seed, **options)
+    begun = experiment.prepare(SETTING, images, labels, classes, margin, seed, **options)
     begun.network = Dropping(begun.network)
     return begun
 
 
 def weights(trained: training.Training) -> dict[str, torch.Tensor]:
-    return {**trained.network.state_dict(), **trained.criterion.state_dict()}
+    state = {**trained.network.state_dict(), **trained.criterion.state_dict()}
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in state.items()
+    }
 
 
 class KilledError(Exception):
     """What stands for a kill."""
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_a_killed_training_goes_on_to_the_same_bits(device, tmp_path, amp):
+@pytest.fixture
+def one_process(device):
+    with sampled.group_of_one(torch.device(device)):
+        yield
+
+
+@pytest.mark.parametrize(
+    "options", [{"amp": False}, {"amp": True}, {"classes": 60, "sample_rate": 0.6}], ids=str
+)
+@pytest.mark.usefixtures("one_process")
+def test_a_killed_training_goes_on_to_the_same_bits(device, tmp_path, options):
     """Red if anything that the next epoch depends on is not in the checkpoint: momentum, learning
-    rate, lam, the order of the data, the augmentation's and the network's own random numbers.
+    rate, lam, the order of the data, the augmentation's and the network's own random numbers, the
+    sample of the classes.
     """
-    options = {"amp": amp, "augment": lambda x, g: augment.move(x, g, pixels=1, flip=True)}
+    options = {**options, "augment": lambda x, g: augment.move(x, g, pixels=1, flip=True)}
     straight = prepared(device, **options).run()
     checkpoint, logs = tmp_path / "run.pt", []
 
@@ -91,6 +109,20 @@ def test_a_killed_training_goes_on_to_the_same_bits(device, tmp_path, amp):
     assert resumed.history == straight.history == logs
     assert [log["epoch"] for log in logs] == [1, 2, 3, 4]
     assert list(tmp_path.iterdir()) == [checkpoint], "a temporary file was left"
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_share_of_the_classes(device):
+    """The same loss, but for the classes that are not drawn. Red if all are, or if class vectors or
+    schedule begin anew.
+    """
+    whole, part = (prepared(device, classes=60, sample_rate=rate).criterion for rate in (1.0, 0.6))
+    features = torch.randn(16, 8, device=device)
+    labels = torch.arange(16, device=device)
+    assert part(features, labels) < whole(features, labels)
+    assert part.schedule.extra_repr() == whole.schedule.extra_repr()
+    assert part.schedule.steps == 1
+    torch.testing.assert_close(part.eval()(features, labels), whole.eval()(features, labels))
 
 
 def test_margins_train_alike_but_for_the_loss(device):
