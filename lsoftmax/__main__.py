@@ -52,7 +52,8 @@ def run_installed() -> None:
         return
     if Path(installed.origin).parent.samefile(Path(__file__).parent):
         return
-    code = "import runpy, sys; del sys.path[0]; runpy.run_module('lsoftmax', None, '__main__')"
+    # Not as __main__: what is found may be a source tree too, and would look for the next.
+    code = "import sys; del sys.path[0]; from lsoftmax.__main__ import run; run()"
     raise SystemExit(subprocess.call([sys.executable, "-c", code, *sys.argv[1:]]))
 
 
@@ -228,11 +229,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot(args.picture, output)
 
 
-if __name__ == "__main__":
-    run_installed()
+def run() -> None:
+    """The program, whose output may end early."""
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`; what is left has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_installed()
+    run()

@@ -251,15 +251,33 @@ def test_says_what_it_is_and_what_to_do(case: Case, pythons: FreshPythons, tmp_p
 
 def test_a_source_tree_hides_no_installed_package(tmp_path: Path) -> None:
     """Red if `pip install .` and `python -m lsoftmax` in the same folder speak of the folder."""
-    package = Path(shutil.copytree(PACKAGE, tmp_path / "lsoftmax"))
-    (tmp_path / "setup.py").touch()
+    here, other = (source_tree(tmp_path / name) for name in ("here", "other"))
+
+    def run(argument: str, path: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lsoftmax", argument],
+            cwd=here,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    installed = str(PACKAGE.parent)
+    version = run("--version", installed)
+    assert (version.returncode, version.stdout.strip()) == (0, lsoftmax.__version__), version.stderr
+    assert run("picture", installed).returncode == 2, "the exit status is the installed program's"
+    # Red if the one that is found, a source tree as well, begins to look for another, and so on.
+    assert run("--version", str(other)).stdout.strip() == "of other"
+
+
+def source_tree(folder: Path) -> Path:
+    """A copy of the package as it lies in a source tree, with a version of its own."""
+    package = Path(shutil.copytree(PACKAGE, folder / "lsoftmax"))
+    (folder / "setup.py").touch()
     with (package / "__init__.py").open("a") as module:
-        module.write('\n__version__ = "of the tree"\n')
-    command = [sys.executable, "-m", "lsoftmax"]
-    run = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True)
-    assert (run.returncode, run.stdout.strip()) == (0, lsoftmax.__version__), run.stderr
-    run = subprocess.run([*command, "picture"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2, "the exit status is that of the installed program"
+        module.write(f'\n__version__ = "of {folder.name}"\n')
+    return folder
 
 
 def test_a_closed_pipe_is_no_error() -> None:
