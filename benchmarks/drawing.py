@@ -13,7 +13,7 @@ from matplotlib.transforms import offset_copy
 from .cases import Case
 from .floors import least
 from .providers import OURS, PRODUCTS, PROVIDERS
-from .tables import PLAIN, counts, is_ours, longest, ranked
+from .tables import PLAIN, counts, figures, is_ours, longest, ranked
 
 Cases = list[tuple[Case, dict[str, dict]]]  # each with its rows by provider
 
@@ -39,7 +39,7 @@ def times(result: dict, cases: Cases) -> Figure:
             times = ""
             if ours and counts(ours) and row is not ours:
                 times = f"   {time['ms'] / longest(ours)['ms']:.2g}×"
-            label, right = f"{_figures(time['ms'])}{times}", (time["ms_80"], place)
+            label, right = f"{figures(time['ms'])}{times}", (time["ms_80"], place)
             _note(axes, label, right, (8, 0), colour, va="center")
         names = [row["provider"] + _other_loss(row) for row in timed]
         axes.set_yticks(range(len(timed)), names, fontsize=9)
@@ -73,9 +73,9 @@ def roofline(result: dict, cases: Cases) -> Figure:
     unit, size = ("TFLOP/s", 1e12) if rate >= 1e12 else ("GFLOP/s", 1e9)
     roof = [left, edge, right]
     axes.plot(roof, [min(i * bandwidth, rate) / size for i in roof], color="0.35", lw=1.5)
-    flat = f"large matrix product, {_figures(rate / size)} {unit}"
+    flat = f"large matrix product, {figures(rate / size)} {unit}"
     _note(axes, flat, (right, rate / size), (-4, 6), TEXT, ha="right")
-    slope = f"copy, {_figures(bandwidth / 1e9)} GB/s"
+    slope = f"copy, {figures(bandwidth / 1e9)} GB/s"
     _note(axes, slope, (left, left * bandwidth / size), (14, -6), TEXT)
     for name in (PLAIN, OURS.name):
         done = [
@@ -237,7 +237,3 @@ def _count(size: int) -> str:
         if size >= unit and size % (unit // 10) == 0:
             return f"{size / unit:g}{letter}"
     return str(size)
-
-
-def _figures(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -101,6 +101,6 @@ def measure_limits(device: torch.device, types: set[str]) -> dict:
     return {"bandwidth": bandwidth, "flops": flops}
 
 
-def _best(clock: Clock, function: Callable[[], object], samples: int = 9) -> float:
+def _best(clock: Clock, function: Callable[[], object]) -> float:
     clock.seconds(function, 1)
-    return min(clock.seconds(function, 1) for _ in range(samples))
+    return min(clock.seconds(function, 1) for _ in range(9))

@@ -152,11 +152,11 @@ def is_ours(row: dict) -> bool:
     return row["provider"].startswith(OURS.name)
 
 
-def figures(value: float | None, digits: int = 3) -> str:
+def figures(value: float | None) -> str:
     """About three significant digits, never an exponent for what is not tiny."""
     if value is None:
         return NONE
-    text = f"{value:.{digits}g}"
+    text = f"{value:.3g}"
     return f"{value:.0f}" if "e+" in text else text
 
 

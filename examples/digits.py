@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import lsoftmax
 from classification import COLUMNS, measure
 from data import Labelled
-from experiment import name, table
+from experiment import table
 from extras import needed
 from files import write_json
 from options import device_of, margin_of, positive
@@ -36,6 +36,7 @@ with needed():
 
     from lsoftmax import plots
     from lsoftmax.digits import annealing
+    from lsoftmax.plots import name_of
 
 TEST_SIZE = 500
 
@@ -125,7 +126,7 @@ def typical(results: Sequence[Result]) -> list[Result]:
 def panel(result: Result) -> plots.Features:
     """A result as the picture shows it."""
     figures = f"test error {result.row['test_error']:.1f}%, mean angle {result.row['angle']:.1f}°"
-    title = f"{name(int(result.row['margin']))}\n{figures}"
+    title = f"{name_of(int(result.row['margin']))}\n{figures}"
     return plots.Features(result.features, result.class_vectors, title)
 
 
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     results = []
     with tqdm(total=len(jobs) * args.epochs, unit="epoch") as bar:
         for margin, seed in jobs:
-            bar.set_description(f"{name(margin)}, seed {seed}")
+            bar.set_description(f"{name_of(margin)}, seed {seed}")
             results.append(run(data, margin, seed, args.epochs, bar.update))
 
     rows = [result.row for result in results]

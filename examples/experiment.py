@@ -27,6 +27,8 @@ from training import Augment, Log, Recipe, Training
 with needed():
     from tqdm import tqdm
 
+    from lsoftmax.plots import name_of
+
 Row = dict[str, Any]
 
 
@@ -215,22 +217,17 @@ def describe(
 def label(run: Row) -> str:
     """A run in words."""
     rest = "".join(f", {key} {value}" for key, value in run.items() if key != "margin")
-    return f"{name(run['margin'])}{rest}"
+    return f"{name_of(run['margin'])}{rest}"
 
 
-def name(margin: int) -> str:
-    """What a margin is called in tables and pictures."""
-    return "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
-
-
-def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
     """Mean, and where there are several values their standard deviation; nothing of none."""
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
+    mean = f"{statistics.mean(values):.2f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def by_seed(rows: Iterable[Row], margin: int, key: str) -> list[float]:
@@ -254,10 +251,10 @@ def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
     for margin in dict.fromkeys(row["margin"] for row in rows):
         cells = [mean_and_spread(by_seed(rows, margin, key)) for key in columns]
-        lines.append(f"| {name(margin)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name_of(margin)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def rounded(value: float | None, digits: int = 4) -> float | None:
-    """For a file: fewer digits, and None for what is no number."""
-    return None if value is None or value != value else float(f"{value:.{digits}g}")
+def rounded(value: float | None) -> float | None:
+    """For a file: four digits, and None for what is no number."""
+    return None if value is None or value != value else float(f"{value:.4g}")

@@ -15,8 +15,9 @@ with needed():
     import numpy as np
     from matplotlib.figure import Figure
 
+    from lsoftmax.plots import COLOURS
+
 Row = dict[str, Any]
-COLOURS = {1: "0.35", 2: "C0", 3: "C1", 4: "C3"}
 
 
 def colour(margin: int) -> str:

@@ -20,9 +20,10 @@ import classification
 import pages
 import pairs
 import recognition
-from experiment import Row, by_seed, mean_and_spread, measured, name
+from experiment import Row, by_seed, mean_and_spread, measured
 from figures import draw_angles, draw_roc
 from files import write
+from lsoftmax.plots import name_of
 from verification import FAR_GRID
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,7 @@ LFW = {1: 96.53, 2: 97.81, 3: 98.27, 4: 98.71}
 
 
 MARGINS = tuple(MNIST)
-HEAD = ("| | " + " | ".join(map(name, MARGINS)) + " |", "|---" * (1 + len(MARGINS)) + "|")
+HEAD = ("| | " + " | ".join(map(name_of, MARGINS)) + " |", "|---" * (1 + len(MARGINS)) + "|")
 
 
 def labelled(paper: dict[int, float]) -> Part:
@@ -96,7 +97,7 @@ def block(part: Part, results: dict[str, Any]) -> str:
         cells = [mean_and_spread(by_seed(rows, margin, key)) for key in columns]
         if part.paper:
             cells.append(f"{part.paper[1][margin]:.2f}" if margin in part.paper[1] else "")
-        lines.append(f"| {name(margin)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name_of(margin)} | " + " | ".join(cells) + " |")
     seeds, folds = ({row[key] for row in rows if key in row} for key in ("seed", "fold"))
     tested = f"Seeds: {len(seeds)}" + (f"; folds: {len(folds)} of 10" if folds else "")
     given = ", ".join(

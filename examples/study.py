@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import files
 import study_report
 from data import MissingDataError
+from extras import needed
 from study_runs import train
 from study_tasks import ANNEALINGS, CLIPS, TASKS, UNEQUAL, Cell
+
+with needed():
+    from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (0.01, 0.03, 0.1)

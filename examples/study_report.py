@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import files
 import pages
+from figures import save
 from study_plots import plot_failures, plot_figures, plot_norms
 from study_results import (
     COMPARED,
@@ -36,9 +36,7 @@ def write(runs: dict[str, dict[str, Any]]) -> None:
         ("figures", plot_figures(results)),
         ("norms", plot_norms(results)),
     ):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        files.write(DOCS / f"training-{name}.png", buffer.getvalue())
+        save(figure, DOCS / f"training-{name}.png")
 
 
 def fill(page: str, results: Results) -> str:

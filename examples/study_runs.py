@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import lsoftmax
 from data import Labelled
+from extras import needed
 from lsoftmax import LambdaSchedule
 from study_tasks import ANNEALINGS, TASKS, Cell, Task, build
+
+with needed():
+    from tqdm import tqdm
 
 TRACED = 50  # points of a recorded training
 

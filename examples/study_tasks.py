@@ -98,7 +98,7 @@ def load_unequal(folder: Path | None) -> Labelled:
 
 def load_mnist(folder: Path | None) -> Labelled:
     """The first 12,800 images of MNIST, and all 10,000 to test on, reduced to 14 x 14."""
-    m = mnist(needed(folder, "MNIST")).first(12_800)
+    m = mnist(named(folder, "MNIST")).first(12_800)
     train, test = (F.avg_pool2d(x.float() / 255, 2) for x in (m.train_images, m.test_images))
     return Labelled(train, m.train_labels, test, m.test_labels, 10)
 
@@ -111,7 +111,7 @@ def load_omniglot(folder: Path | None) -> Labelled:
         MissingDataError: the array is not in the folder.
     """
     name, classes, train = "omniglot/images_background.npz", 200, 15
-    path = needed(folder, "Omniglot") / name
+    path = named(folder, "Omniglot") / name
     if not path.is_file():
         what = f"{name} with `images`: bool (964, 20, 105, 105), True = paper"
         source = "https://github.com/brendenlake/omniglot (images_background.zip, as one array)"
@@ -126,7 +126,7 @@ def load_omniglot(folder: Path | None) -> Labelled:
     )
 
 
-def needed(folder: Path | None, title: str) -> Path:
+def named(folder: Path | None, title: str) -> Path:
     if folder is None:
         raise SystemExit(f"{title}: name the folder that holds it with --data")
     return folder

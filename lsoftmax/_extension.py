@@ -34,7 +34,6 @@ class Status:
         loaded: They are loaded, and CUDA tensors run on them.
         reason: Why they are not loaded, in a sentence or two; empty where they are.
         torch_built: Version of torch they were built for.
-        cuda_built: CUDA version of that torch.
         nvcc_built: Version of the nvcc that compiled them.
         cxx_built: The host compiler, as it names itself.
         archs: Compute capabilities they were compiled for, as in TORCH_CUDA_ARCH_LIST.
@@ -44,7 +43,6 @@ class Status:
     loaded: bool
     reason: str
     torch_built: str = ""
-    cuda_built: str = ""
     nvcc_built: str = ""
     cxx_built: str = ""
     archs: str = ""
@@ -130,7 +128,6 @@ def load() -> None:
         loaded=built and not reason,
         reason=reason,
         torch_built=str(info.get("torch", "")),
-        cuda_built=str(info.get("cuda", "")),
         nvcc_built=str(info.get("nvcc", "")),
         cxx_built=str(info.get("cxx", "")),
         archs=str(info.get("archs", "")),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Where a system does not say how much memory there is.
 _UNKNOWN_MEMORY = 1 << 32
@@ -16,6 +20,15 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
+def constant_in_graphs(function: F) -> F:
+    """torch.compiler.assume_constant_result, whose only other effect is that it imports
+    torch._dynamo: three times what the rest of the package takes together with torch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on ``device`` now, what torch has cached included; of the
     machine's memory, or the container's, where ``device`` is none of its GPUs.
@@ -84,8 +97,3 @@ def _free_cuda_memory(device: torch.device) -> int:
         pass
     _last_free[device] = free
     return free
-
-
-# torch.compiler.assume_constant_result, whose only other effect is that it imports torch._dynamo:
-# three times what the rest of the package takes together with torch itself.
-free_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 from . import _extension
 from .checks import is_recomputed
 from .margin import accumulate_type
-from .memory import free_memory, is_gpu
+from .memory import constant_in_graphs, free_memory, is_gpu
 
 # Bytes a logit takes where all N x C are kept: in place of the logits, but for bfloat16, whose
 # float32 logits become exponentials in bfloat16.
@@ -148,6 +148,7 @@ def _even(total: int, most: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+@constant_in_graphs
 def fuses_forward(device: torch.device) -> bool:
     """Whether the kernels have the forward pass of bfloat16 in one, and may take it there."""
     if not is_gpu(device) or os.environ.get("LSOFTMAX_FUSED_FORWARD") == "0":
@@ -160,6 +161,7 @@ def fuses_forward(device: torch.device) -> bool:
     )
 
 
+@constant_in_graphs
 def little_memory(device: torch.device) -> int:
     """Bytes on ``device`` for which to ask what is free is not worth while."""
     if not is_gpu(device):
@@ -186,8 +188,3 @@ def _share_of_free(sizes: tuple[object, ...], device: torch.device) -> int:
             _budgets.clear()
         _budgets[key] = budget
     return budget
-
-
-# As free_memory: see there.
-for _asks in (little_memory, fuses_forward):
-    _asks._dynamo_marked_constant = True  # type: ignore[attr-defined]

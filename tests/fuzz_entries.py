@@ -60,9 +60,9 @@ ODD: list[Any] = [
 ]
 
 
-def tensors(n: int = N, d: int = D) -> list[Tensor]:
+def tensors() -> list[Tensor]:
     """Tensors of every kind and of shapes that mostly do not fit."""
-    x = torch.randn(n, d)
+    x = torch.randn(N, D)
     return [
         *(x, x.double(), x.half(), x.bfloat16(), x.long(), x.bool(), x.to(torch.complex64)),
         *(
@@ -73,12 +73,12 @@ def tensors(n: int = N, d: int = D) -> list[Tensor]:
             x[0, 0],
             x.t(),
             x.t().contiguous().t(),
-            x.expand(2, n, d),
+            x.expand(2, N, D),
         ),
         *(x.to("meta"), x.to_sparse(), x.to_sparse_csr(), x.clone().requires_grad_()),
-        *(x * float("nan"), x * 1e30, x * 1e-30, torch.zeros(n, d), torch.full((n, d), -torch.inf)),
-        *(torch.arange(n), torch.arange(n).int(), torch.full((n,), C), torch.full((n,), -100)),
-        *(torch.full((n,), -1), torch.tensor(2), torch.tensor(2**62), torch.arange(2)[:, None]),
+        *(x * float("nan"), x * 1e30, x * 1e-30, torch.zeros(N, D), torch.full((N, D), -torch.inf)),
+        *(torch.arange(N), torch.arange(N).int(), torch.full((N,), C), torch.full((N,), -100)),
+        *(torch.full((N,), -1), torch.tensor(2), torch.tensor(2**62), torch.arange(2)[:, None]),
         *(torch.tensor(0.5), torch.tensor(-1.0), torch.tensor(float("inf")), torch.rand(C)),
         *(torch.zeros(C), torch.rand(C).double(), torch.rand(C).to_sparse(), torch.rand(C + 1)),
         torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
@@ -150,10 +150,6 @@ def annealed(method: str) -> Callable[..., Any]:
     return call
 
 
-def stats_of(**a: Any) -> Any:
-    return lsoftmax.margin_stats(**a)
-
-
 def entries(distributed: bool) -> list[Entry]:
     stats = lsoftmax.margin_stats(torch.randn(N, D), torch.randn(C, D), torch.zeros(N).long())
     cosines = {"cos_theta": lambda: torch.rand(N) * 2 - 1, "margin": MATRICES["margin"]}
@@ -211,7 +207,7 @@ def entries(distributed: bool) -> list[Entry]:
             },
             judge_taken_over,
         ),
-        Entry("margin_stats", stats_of, MATRICES, judge_stats),
+        Entry("margin_stats", lsoftmax.margin_stats, MATRICES, judge_stats),
         Entry("collapse_warning", lsoftmax.collapse_warning, {"stats": lambda: stats}, judge_words),
         # The specification is plain torch and checks nothing: all errors are torch's and Python's.
         *(
@@ -249,8 +245,8 @@ PLAN = ("input", "linear_weight", "reduction", "memory_budget", "label_smoothing
 class Forward:
     """A layer's forward: one that failed is no training step."""
 
-    def __init__(self, layer: torch.nn.Module, distributed: bool = False) -> None:
-        self.layer, self.distributed = layer, distributed
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.layer = layer
         self.before = self.state()
 
     def state(self) -> list[Tensor]:

@@ -189,7 +189,7 @@ def test_kernels_that_fit(loader):
     assert module.cuda_available()
     assert module.status() == module.Status(
         built=True, loaded=True, reason="", torch_built=HERE["torch"],
-        cuda_built=str(HERE["cuda"]), archs="9.0",
+        archs="9.0",
     )  # fmt: skip
 
 
