@@ -32,8 +32,8 @@ _PANEL = 1 << 22
 class MarginStats(NamedTuple):
     """What :func:`margin_stats` returns: tensors on the device, 0-dim but for ``buckets``.
 
-    Rows without an angle (a zero feature, a zero class vector) count in the norms and in
-    ``satisfied`` only.
+    Rows without an angle (a zero feature, a zero class vector) count in the norms, in ``accuracy``
+    and in ``satisfied`` only.
 
     Attributes:
         angle: mean angle theta between a feature and the vector of its class, degrees.
@@ -41,6 +41,7 @@ class MarginStats(NamedTuple):
         angle_50: the median.
         angle_90: the angle that 90% are below.
         buckets: (m,) share of the rows with theta in [k pi / m, (k + 1) pi / m], k = 0 .. m - 1.
+        accuracy: share of the rows whose class's plain logit is larger than every other: rank 1.
         satisfied: share of the rows whose own margin logit is larger than every other logit.
         input_norm_min: the smallest norm of a feature.
         input_norm: the mean.
@@ -58,6 +59,7 @@ class MarginStats(NamedTuple):
     angle_50: Tensor
     angle_90: Tensor
     buckets: Tensor
+    accuracy: Tensor
     satisfied: Tensor
     input_norm_min: Tensor
     input_norm: Tensor
@@ -141,8 +143,10 @@ def summary(
     bucket = (theta.unsqueeze(1) > edges).sum(1)
     counts = (bucket.unsqueeze(1) == torch.arange(margin, device=x.device)) & has_angle.unsqueeze(1)
     cosine = theta.cos()
-    logit = x_norms * own_norms * (psi(cosine, margin) + lam * cosine) / (1 + lam)
-    logit = torch.where(has_angle, logit, 0.0)  # the plain logit of a row without an angle
+
+    def exceeds(of_angle: Tensor) -> Tensor:
+        logit = torch.where(has_angle, x_norms * own_norms * of_angle, 0.0)
+        return (logit > largest).double().mean()
 
     degrees = torch.rad2deg(theta)
     # Made on the device: numbers copied to it would have to be waited for.
@@ -154,7 +158,8 @@ def summary(
         angle_50=quantiles[1],
         angle_90=quantiles[2],
         buckets=counts.sum(0) / has_angle.sum(),
-        satisfied=(logit > largest).double().mean(),
+        accuracy=exceeds(cosine),
+        satisfied=exceeds((psi(cosine, margin) + lam * cosine) / (1 + lam)),
         input_norm_min=x_norms.min(),
         input_norm=x_norms.mean(),
         input_norm_max=x_norms.max(),

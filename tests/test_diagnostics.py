@@ -15,7 +15,7 @@ from lsoftmax import diagnostics
 def expected(x, w, y, margin: int, lam: float) -> dict:
     """By the paper's formulas with arccos, one row at a time."""
     x, w = (t.double().cpu().numpy() for t in (x, w))
-    angles, satisfied = [], []
+    angles, correct, satisfied = [], [], []
     buckets = np.zeros(margin)
     for row, own in zip(x, y.tolist(), strict=True):
         a, b = np.sqrt((row**2).sum()), np.sqrt((w[own] ** 2).sum())
@@ -29,6 +29,7 @@ def expected(x, w, y, margin: int, lam: float) -> dict:
         else:
             f = 0.0
         others = [row @ w[j] for j in range(len(w)) if j != own]
+        correct.append(row @ w[own] > max(others, default=-math.inf))
         satisfied.append(f > max(others, default=-math.inf))
     x_norms, w_norms = np.linalg.norm(x, axis=1), np.linalg.norm(w, axis=1)
     return {
@@ -37,6 +38,7 @@ def expected(x, w, y, margin: int, lam: float) -> dict:
         "angle_50": np.quantile(angles, 0.5),
         "angle_90": np.quantile(angles, 0.9),
         "buckets": (buckets / len(angles)).tolist(),
+        "accuracy": np.mean(correct),
         "satisfied": np.mean(satisfied),
         "input_norm_min": x_norms.min(),
         "input_norm": x_norms.mean(),
