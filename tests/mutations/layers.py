@@ -86,6 +86,20 @@ FAULTS = [
         "test_extension.py::test_why_unfit",
     ),
     portable(
+        "diagnostics: a row is answered only where its margin is satisfied",
+        "diagnostics.py",
+        "accuracy=exceeds(cosine),",
+        "accuracy=exceeds(psi(cosine, margin)),",
+        "test_diagnostics.py::test_every_figure",
+    ),
+    portable(
+        "flops: chunks of classes make their exponentials once",
+        "flops.py",
+        'given["class_chunk"] > 0',
+        'given["class_chunk"] < 0',
+        "test_flops.py",
+    ),
+    portable(
         "diagnostics: lam is the schedule's own, which goes on",
         "diagnostics.py",
         "lam=lam.clone(),",
