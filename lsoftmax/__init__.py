@@ -5,7 +5,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import _extension, functional, reference
-from . import flops as flops
 from . import ops as ops
 from . import ops_shard as ops_shard
 from ._extension import cuda_available
@@ -15,7 +14,8 @@ from .published import from_published
 from .schedule import LambdaSchedule
 
 __version__ = "0.1.0"
-_LATER = ("distributed", "metric_learning", "plots")  # what they import is large, or not everywhere
+# What they import is large, or not everywhere.
+_LATER = ("distributed", "flops", "metric_learning", "plots")
 __all__ = [
     "LSoftmaxLinear",
     "LSoftmaxLoss",
@@ -31,6 +31,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import distributed as distributed
+    from . import flops as flops
     from . import metric_learning as metric_learning
     from . import plots as plots
 else:

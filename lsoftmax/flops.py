@@ -1,4 +1,7 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of the ops: their matrix products.
+"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of the ops, once this is imported.
+
+Their matrix products alone, as of torch's own layers. Not imported with the package: the counter
+imports Triton, where there is one.
 
 Of N x D and C x D matrices each product takes 2 N C D: the logits, and a gradient each in backward.
 """
