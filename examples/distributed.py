@@ -30,7 +30,7 @@ import lsoftmax
 from data import Labelled, MissingDataError, mnist
 from extras import needed
 from lsoftmax.distributed import ClassParallelLSoftmaxLoss, clip_grad_norm_
-from options import positive
+from options import backend_of, positive
 
 with needed():
     from tqdm import tqdm
@@ -201,9 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)
     device = device_of_process()
-    # With gloo beside NCCL the host need not wait for the GPU to know the size of a batch.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
+    dist.init_process_group(backend_of(device), timeout=timedelta(seconds=args.timeout))
     rank, processes = dist.get_rank(), dist.get_world_size()
     settings = (args.labelled.to(device), args.epochs, args.seed, device)
 

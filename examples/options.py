@@ -10,6 +10,7 @@ import torch
 
 import lsoftmax
 from lsoftmax.checks import check_margin
+from lsoftmax.sampling import check_sampling
 
 
 def positive(text: str) -> int:
@@ -39,10 +40,12 @@ def keep_of(text: str) -> float:
 
 
 def rate_of(text: str) -> float:
-    """An argument that is a share in (0, 1]."""
-    rate = float(text)
-    if not 0 < rate <= 1:
-        raise argparse.ArgumentTypeError(f"expected in (0, 1], got {text}")
+    """An argument that is a ``sample_rate``."""
+    try:
+        rate = float(text)
+        check_sampling(rate, seed=0, label_smoothing=0.0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return rate
 
 
@@ -52,6 +55,13 @@ def device_of(text: str, parser: argparse.ArgumentParser) -> torch.device:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {text}: {str(error).splitlines()[0]}")
+
+
+def backend_of(device: torch.device) -> str:
+    """Of a process group on the device. With gloo beside NCCL the host need not wait for the GPU to
+    know the size of a batch.
+    """
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def arguments_of(name: str, description: str, settings: Iterable[str]) -> argparse.ArgumentParser:

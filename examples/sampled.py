@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 
 import lsoftmax
-from lsoftmax.distributed import ClassParallelLSoftmaxLoss
+from options import backend_of
 
 
 @contextmanager
 def group_of_one(device: torch.device) -> Iterator[None]:
     """The process group that ``sampled`` wants."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
@@ -26,10 +25,10 @@ def group_of_one(device: torch.device) -> Iterator[None]:
 
 def sampled(
     criterion: lsoftmax.LSoftmaxLoss, sample_rate: float, seed: int
-) -> ClassParallelLSoftmaxLoss:
+) -> lsoftmax.distributed.ClassParallelLSoftmaxLoss:
     """The same loss, class vectors and schedule, of a share of the classes in each step."""
     linear = criterion.linear
-    loss = ClassParallelLSoftmaxLoss(
+    loss = lsoftmax.distributed.ClassParallelLSoftmaxLoss(
         linear.in_features,
         linear.out_features,
         criterion.margin,

@@ -11,16 +11,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 import lsoftmax
 from files import save
-from lsoftmax.distributed import ClassParallelLSoftmaxLoss
 
-Loss = lsoftmax.LSoftmaxLoss | ClassParallelLSoftmaxLoss
+# In words: importing lsoftmax.distributed takes a second, which few trainings need.
+Loss: TypeAlias = "lsoftmax.LSoftmaxLoss | lsoftmax.distributed.ClassParallelLSoftmaxLoss"
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Log = dict[str, Any]
 
@@ -189,7 +189,7 @@ class Training:
 
 def margin_stats_of(criterion: Loss, features: Tensor, labels: Tensor) -> lsoftmax.MarginStats:
     """What the margin does to these features, in the state the criterion is in."""
-    if isinstance(criterion, ClassParallelLSoftmaxLoss):
+    if not isinstance(criterion, lsoftmax.LSoftmaxLoss):
         return criterion.margin_stats(features, labels)
     return lsoftmax.margin_stats(
         features, criterion.linear.weight, labels, criterion.margin, criterion.lam

@@ -145,6 +145,7 @@ def summary(
     cosine = theta.cos()
 
     def exceeds(of_angle: Tensor) -> Tensor:
+        # Without an angle a row's logit is 0, whatever the margin.
         logit = torch.where(has_angle, x_norms * own_norms * of_angle, 0.0)
         return (logit > largest).double().mean()
 

@@ -8,7 +8,7 @@ Of N x D and C x D matrices each product takes 2 N C D: the logits, and a gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,13 +26,8 @@ def _register(name: str, products: Callable[[dict[str, Any]], int]) -> None:
     @register_flop_formula(op)
     def flops(*args: Any, out_shape: Any, **kwargs: Any) -> int:
         given = dict(zip(names, args, strict=False)) | kwargs  # tensors by their shapes
-        n, d = _sizes(given["input"])
-        num_classes, _ = _sizes(given["linear_weight"])
-        return 2 * n * num_classes * d * products(given)
-
-
-def _sizes(shape: Sequence[int]) -> tuple[int, int]:
-    return shape[0], shape[1]
+        n, d = given["input"]
+        return 2 * n * given["linear_weight"][0] * d * products(given)
 
 
 def _gradients(given: dict[str, Any]) -> int:

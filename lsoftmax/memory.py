@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-F = TypeVar("F", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Where a system does not say how much memory there is.
 _UNKNOWN_MEMORY = 1 << 32
@@ -20,7 +20,7 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
-def constant_in_graphs(function: F) -> F:
+def constant_in_graphs(function: _Function) -> _Function:
     """torch.compiler.assume_constant_result, whose only other effect is that it imports
     torch._dynamo: three times what the rest of the package takes together with torch itself.
     """
