@@ -119,7 +119,7 @@ class Training:
             self.optimizer.step()
             self.scheduler.step()
             total += loss.detach()
-        stats = margin_stats_of(self.criterion, features, labels)
+        stats = self.criterion.margin_stats(features, labels)
         log = {
             "epoch": len(self.history) + 1,
             "loss": (total / (count // batch_size)).item(),  # the one wait for the device
@@ -185,15 +185,6 @@ class Training:
         self.network.eval()
         self.criterion.eval()
         return self
-
-
-def margin_stats_of(criterion: Loss, features: Tensor, labels: Tensor) -> lsoftmax.MarginStats:
-    """What the margin does to these features, in the state the criterion is in."""
-    if not isinstance(criterion, lsoftmax.LSoftmaxLoss):
-        return criterion.margin_stats(features, labels)
-    return lsoftmax.margin_stats(
-        features, criterion.linear.weight, labels, criterion.margin, criterion.lam
-    )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional
+from . import checks, diagnostics, functional
 from .schedule import LambdaSchedule
 
 __all__ = ["LSoftmaxLinear", "LSoftmaxLoss"]
@@ -176,6 +176,21 @@ class LSoftmaxLoss(_Annealed):
             self.schedule.end_step(lam, cosine, self.margin)
         return loss
 
+    @torch.no_grad()
+    def margin_stats(self, input: Tensor, target: Tensor) -> diagnostics.MarginStats:
+        """:func:`lsoftmax.margin_stats` with this layer's class vectors, margin and lam, for a log.
+
+        Rows of ``ignore_index`` do not count; to leave them out waits for the device.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or shape, or no row counts.
+            IndexError: a target outside [0, C), on a CPU.
+        """
+        x, w = diagnostics.wide(input), diagnostics.wide(self.linear.weight)
+        checks.check_matrices(x, w, target)
+        kept = target != self.ignore_index
+        return diagnostics.margin_stats(x[kept], w, target[kept], self.margin, self.lam)
+
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""
         return (
@@ -241,6 +256,10 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
         if trains:
             self.schedule.end_step(lam, cosine, self.margin)
         return logits
+
+    def margin_stats(self, input: Tensor, target: Tensor) -> diagnostics.MarginStats:
+        """:func:`lsoftmax.margin_stats` with this layer's weight, margin and lam, for a log."""
+        return diagnostics.margin_stats(input, self.weight, target, self.margin, self.lam)
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""

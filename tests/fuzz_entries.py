@@ -208,6 +208,12 @@ def entries(distributed: bool) -> list[Entry]:
             judge_taken_over,
         ),
         Entry("margin_stats", lsoftmax.margin_stats, MATRICES, judge_stats),
+        Entry(
+            "LSoftmaxLoss.margin_stats",
+            lsoftmax.LSoftmaxLoss(D, C, margin=3).margin_stats,
+            {name: MATRICES[name] for name in ("input", "target")},
+            lambda a, result: judge_stats({"margin": 3}, result),
+        ),
         Entry("collapse_warning", lsoftmax.collapse_warning, {"stats": lambda: stats}, judge_words),
         # The specification is plain torch and checks nothing: all errors are torch's and Python's.
         *(

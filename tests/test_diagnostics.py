@@ -143,19 +143,38 @@ def test_features_of_autocast():
     check(lsoftmax.margin_stats(narrow, w, y, 4, 0.3), expected(narrow, w, y, 4, 0.3))
 
 
-def test_a_layer_in_training(device):
-    """As the docstring has it, on whatever runs the ops; no gradient is recorded."""
+@pytest.mark.parametrize("kind", [lsoftmax.LSoftmaxLoss, lsoftmax.LSoftmaxLinear])
+def test_a_layer_in_training(device, kind):
+    """By its own class vectors, margin and lam, on whatever runs the ops; no gradient is recorded.
+    Its state stays, and what was measured before a step.
+    """
     x, _, y = (t.to(device) for t in batch())
-    head = lsoftmax.LSoftmaxLoss(7, 9, 3, lam=lsoftmax.LambdaSchedule(10.0, 1.0, 1.0)).to(device)
+    layer = kind(7, 9, 3, lam=lsoftmax.LambdaSchedule(10.0, 1.0, 1.0)).to(device)
     x.requires_grad_()
-    head(x, y).backward()
-    stats = lsoftmax.margin_stats(x, head.linear.weight, y, head.margin, head.lam)
+    layer(x, y).sum().backward()
+    lam = layer.lam.item()
+    stats = layer.margin_stats(x, y)
     assert not any(value.requires_grad for value in stats)
-    lam = head.lam.item()
-    truth = expected(x.detach(), head.linear.weight.detach(), y, 3, lam)
-    head(x, y)  # what was measured before it stays
-    assert head.lam < lam
+    truth = expected(x.detach(), next(layer.parameters()).detach(), y, 3, lam)
+    assert layer.lam == lam
+    layer(x, y)
+    assert layer.lam < lam
     check(stats, truth, rel=1e-4)
+
+
+def test_ignored_rows_do_not_count(device):
+    """Those of a padded batch, and a row alone."""
+    x, w, y = (t.to(device) for t in batch())
+    head = lsoftmax.LSoftmaxLoss(7, 9, 3, lam=0.7, ignore_index=8, device=device, dtype=w.dtype)
+    head.load_state_dict({"linear.weight": w})
+    y[::3], y[1] = 8, 2
+    kept = y != 8
+    check(head.margin_stats(x, y), expected(x[kept], w, y[kept], 3, 0.7))
+    first = slice(1, 2)
+    check(head.margin_stats(x[1], y[1]), expected(x[first], w, y[first], 3, 0.7))
+    for rows in (slice(0, 1), 0):
+        with pytest.raises(ValueError, match="at least one row"):
+            head.margin_stats(x[rows], y[rows])
 
 
 @pytest.mark.parametrize(
