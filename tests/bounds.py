@@ -189,3 +189,15 @@ def linear_bounds(
     dx = GRADIENT[dtype] * (grad @ w_norms) + own * g.b + least(dtype, d, len(w))
     dw = GRADIENT[dtype] * (grad.t() @ g.a) + least(dtype, d, len(x))
     return Bounds(out, dx, dw.index_add(0, y, own * g.a))
+
+
+def assert_within(value: Tensor, truth: Tensor, bound: Tensor, what: str) -> None:
+    """Each row no farther from the truth than its bound, in the Euclidean sense."""
+    error = value.double() - truth
+    error = error.norm(dim=-1) if error.dim() > bound.dim() else error.abs()
+    if not (error <= bound).all():
+        excess = (error - bound).flatten()
+        worst = int(excess.nan_to_num(nan=torch.inf).argmax())
+        error, bound = (t.expand_as(error).flatten()[worst].item() for t in (error, bound))
+        numbers = f"number {worst} of {len(excess)}: error {error}, bound {bound}"
+        raise AssertionError(f"{what}, {numbers}")

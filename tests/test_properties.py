@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bounds import linear_bounds, loss_bounds
+from bounds import assert_within, linear_bounds, loss_bounds
 from cases import Case, LossOptions, cases, loss_options, on_the_way
 from conftest import hash_of
 from lsoftmax import functional, reference
@@ -73,18 +73,6 @@ def gradients(out: Tensor, x: Tensor, w: Tensor, upstream: Tensor) -> list[Tenso
 
 def wide(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in tensors]
-
-
-def assert_within(value: Tensor, truth: Tensor, bound: Tensor, what: str) -> None:
-    """Each row no farther from the truth than its bound, in the Euclidean sense."""
-    error = value.double() - truth
-    error = error.norm(dim=-1) if error.dim() > bound.dim() else error.abs()
-    if not (error <= bound).all():
-        excess = (error - bound).flatten()
-        worst = int(excess.nan_to_num(nan=torch.inf).argmax())
-        error, bound = (t.expand_as(error).flatten()[worst].item() for t in (error, bound))
-        numbers = f"number {worst} of {len(excess)}: error {error}, bound {bound}"
-        raise AssertionError(f"{what}, {numbers}")
 
 
 def test_loss(device: str, backend: str, drawn: Callable) -> None:
