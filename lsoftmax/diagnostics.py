@@ -81,7 +81,6 @@ class MarginStats(NamedTuple):
         return result
 
 
-@torch.no_grad()
 def margin_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -114,12 +113,29 @@ def margin_stats(
         >>> print(collapse_warning(stats))
         None
     """
+    return stats_of(input, linear_weight, target, margin, lam, NO_INDEX)
+
+
+@torch.no_grad()
+def stats_of(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    margin: int,
+    lam: float | Tensor,
+    ignore_index: int,
+) -> MarginStats:
+    """:func:`margin_stats` without the rows of ``ignore_index``: to leave them out waits for the
+    device, unless that is ``NO_INDEX``.
+    """
     margin = checks.check_margin(margin)
     x, w = wide(input), wide(linear_weight)
     checks.check_matrices(x, w, target)
     x, y = functional.as_batch(x, target)
     lam = checks.lam_tensor(lam, x)
-    y, _ = valid_targets(y, w.shape[0], NO_INDEX)
+    y, kept = valid_targets(y, w.shape[0], ignore_index)
+    if kept is not None and ignore_index != NO_INDEX:
+        x, y = x[kept], y[kept]
     largest = largest_other(x, w, y, w.shape[0])
     return summary(x, w.index_select(0, y), row_norms(w), largest, margin, lam)
 

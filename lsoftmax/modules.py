@@ -176,7 +176,6 @@ class LSoftmaxLoss(_Annealed):
             self.schedule.end_step(lam, cosine, self.margin)
         return loss
 
-    @torch.no_grad()
     def margin_stats(self, input: Tensor, target: Tensor) -> diagnostics.MarginStats:
         """:func:`lsoftmax.margin_stats` with this layer's class vectors, margin and lam, for a log.
 
@@ -186,10 +185,8 @@ class LSoftmaxLoss(_Annealed):
             TypeError, ValueError: an argument of the wrong type or shape, or no row counts.
             IndexError: a target outside [0, C), on a CPU.
         """
-        x, w = diagnostics.wide(input), diagnostics.wide(self.linear.weight)
-        checks.check_matrices(x, w, target)
-        kept = target != self.ignore_index
-        return diagnostics.margin_stats(x[kept], w, target[kept], self.margin, self.lam)
+        own = self.margin, self.lam, self.ignore_index
+        return diagnostics.stats_of(input, self.linear.weight, target, *own)
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""
