@@ -289,12 +289,16 @@ def test_compilers_in_paths_with_spaces(tmp_path, cuda_base, source):
     assert "compute capability 8.0" in report
 
 
-def test_compiling_without_ninja(cuda, source, tmp_path):
+@pytest.mark.parametrize("beside_python", [False, True])
+def test_compiling_without_ninja_on_path(cuda, cuda_base, source, tmp_path, beside_python):
+    """pip puts it beside Python: on PATH only where the environment is activated."""
+    if beside_python:
+        (cuda.python.parent / "ninja").symlink_to(cuda_base.parent / "ninja")
     made = make_compilers(tmp_path, cuda.python, COMPILE)
     without = [d for d in os.environ["PATH"].split(":") if not (Path(d) / "ninja").exists()]
     cuda.path = ":".join([made.pop("tools"), *without])
     output = cuda.install("--no-build-isolation", source, LSOFTMAX_CUDA="1", **made)
-    assert "there is no ninja, so one file is compiled at a time" in output
+    assert ("there is no ninja, so one file is compiled at a time" in output) != beside_python
     assert list(cuda.package.glob("_C*.so"))
 
 
