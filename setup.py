@@ -5,6 +5,7 @@ LSOFTMAX_CUDA         unset: kernels if torch is a CUDA build and nvcc is found,
 CUDA_HOME             the CUDA toolkit (default: the first that fits torch, of nvcc on PATH,
                       /usr/local/cuda, and pip's wheels next to torch)
 TORCH_CUDA_ARCH_LIST  as for any torch extension (default: the GPUs here, or else DEFAULT_ARCHS)
+CC, CXX               a C++ compiler that nvcc supports (default: gcc, g++)
 MAX_JOBS              files compiled at once
 LSOFTMAX_WERROR       1: warnings in our own code are errors
 """
@@ -185,7 +186,8 @@ def with_kernels() -> dict[str, Any]:
             except Exception:
                 say(
                     "lsoftmax: compiling failed, the first error above says why. Where memory ran "
-                    "out: MAX_JOBS=1. To do without kernels: LSOFTMAX_CUDA=0"
+                    "out: MAX_JOBS=1. Where nvcc does not support the C++ compiler: one that it "
+                    "does, as CC=gcc-14 CXX=g++-14. To do without kernels: LSOFTMAX_CUDA=0"
                 )
                 raise
             write_build_info(Path(self.get_ext_fullpath("lsoftmax._C")).parent, **facts)

@@ -66,6 +66,28 @@ def toolkits(torch: Any) -> list[Path]:
     return [home for home in homes if (home / "bin/nvcc").is_file()]
 
 
+def check_wheels(home: Path) -> None:
+    """NoKernelsError if pip's wheels do not compile.
+
+    pip takes wheels of several releases together, whose compiler the assembler does not know.
+    """
+    cc = os.environ.get("CC")
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "empty.cu")
+        source.write_text("#include <cuda_fp16.h>\n")
+        command = [str(home / "bin/nvcc"), "-cubin", "-arch=sm_80", str(source)]
+        command += ["-o", f"{source}.cubin"]
+        command += ["-ccbin", cc] if cc else []  # torch's way to name it
+        compiled = subprocess.run(command, capture_output=True, text=True)
+    said = compiled.stderr.strip()
+    # A C++ compiler that is too new for nvcc is no fault of theirs: said when the kernels compile.
+    if compiled.returncode and "#error -- unsupported" not in said:
+        raise NoKernelsError(
+            f"the CUDA wheels in {home} are not all there, or of several releases "
+            f"({said.splitlines()[0] if said else f'exit code {compiled.returncode}'})"
+        )
+
+
 def check(home: Path, torch: Any) -> str:
     """The CUDA release of a toolkit ("13.0"). NoKernelsError if it cannot build for torch."""
     nvcc = str(home / "bin/nvcc")
@@ -77,16 +99,7 @@ def check(home: Path, torch: Any) -> str:
             f"nvcc in {home} is of CUDA {release}, torch {torch.__version__} is of CUDA {cuda}"
         )
     if home == place_of_wheels(torch):
-        # pip takes wheels of several releases together, whose compiler the assembler does not know.
-        with tempfile.TemporaryDirectory() as directory:
-            source = Path(directory, "empty.cu")
-            source.write_text("#include <cuda_fp16.h>\n")
-            try:
-                ask(nvcc, "-cubin", "-arch=sm_80", str(source), "-o", f"{directory}/empty.cubin")
-            except NoKernelsError:
-                raise NoKernelsError(
-                    f"the CUDA wheels in {home} are not all there, or of several releases"
-                ) from None
+        check_wheels(home)
     return release
 
 

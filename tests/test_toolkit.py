@@ -10,22 +10,27 @@ import pytest
 from lsoftmax import _toolkit
 from lsoftmax._toolkit import NoKernelsError, find_toolkit, place_of_wheels
 
-# Says its release; compiles nothing, or fails at it.
+# Says its release; compiles nothing, or fails at it and says how it was called.
 NVCC = """#!/bin/sh
 case "$*" in
   --version) echo 'Cuda compilation tools, release {release}, V{release}.1'; exit {runs};;
-  *) exit {compiles};;
+  *) echo "{says} $*" >&2; exit {compiles};;
 esac
 """
 
 
 def toolkit(
-    home: Path, release: str = "13.0", headers: bool = True, runs: int = 0, compiles: int = 0
+    home: Path,
+    release: str = "13.0",
+    headers: bool = True,
+    runs: int = 0,
+    compiles: int = 0,
+    says: str = "",
 ) -> Path:
     """A folder that looks like one; `runs` and `compiles` are exit codes of its nvcc."""
     (home / "bin").mkdir(parents=True)
     nvcc = home / "bin" / "nvcc"
-    nvcc.write_text(NVCC.format(release=release, runs=runs, compiles=compiles))
+    nvcc.write_text(NVCC.format(release=release, runs=runs, compiles=compiles, says=says))
     nvcc.chmod(0o755)
     if headers:
         (home / "include").mkdir()
@@ -36,7 +41,7 @@ def toolkit(
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """One without CUDA."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
+    for name in ("CC", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     monkeypatch.setattr(_toolkit, "USUAL", tmp_path / "usual")
@@ -90,17 +95,34 @@ def test_the_first_that_fits(machine, tmp_path, fault):
     wheels = toolkit(place_of_wheels(torch_13), runs=1)
     assert find_toolkit(torch_13) == (usual, "13.1")
     (usual / "bin" / "nvcc").unlink()
-    (wheels / "bin" / "nvcc").write_text(NVCC.format(release="13.2", runs=0, compiles=0))
+    (wheels / "bin" / "nvcc").write_text(NVCC.format(release="13.2", runs=0, compiles=0, says=""))
     assert find_toolkit(torch_13) == (wheels, "13.2")
 
 
 def test_wheels_that_do_not_fit_together(machine, tmp_path):
     torch_13 = torch_of("13.2", tmp_path)
-    wheels = toolkit(place_of_wheels(torch_13), "13.2", compiles=1)
-    with pytest.raises(
-        NoKernelsError, match=f"wheels in {wheels} are not all there, or of several"
-    ):
+    wheels = toolkit(place_of_wheels(torch_13), "13.2", compiles=1, says="ptxas fatal")
+    machine.setenv("CC", "gcc-15")
+    words = rf"wheels in {wheels} are not all there, or of several releases \(ptxas fatal .*"
+    with pytest.raises(NoKernelsError, match=words + r"-ccbin gcc-15\): set CUDA_HOME"):
         find_toolkit(torch_13)
+
+
+def test_wheels_whose_compiler_says_nothing(machine, tmp_path):
+    torch_13 = torch_of("13.2", tmp_path)
+    wheels = toolkit(place_of_wheels(torch_13), "13.2")
+    (wheels / "bin" / "nvcc").write_text(
+        NVCC.format(release="13.2", runs=0, compiles=3, says="").replace(">&2", ">/dev/null")
+    )
+    with pytest.raises(NoKernelsError, match=r"several releases \(exit code 3\): set CUDA_HOME"):
+        find_toolkit(torch_13)
+
+
+def test_a_cxx_compiler_too_new_is_no_fault_of_the_wheels(machine, tmp_path):
+    torch_13 = torch_of("13.2", tmp_path)
+    said = "host_config.h:137: error: #error -- unsupported GNU version! gcc later than 15"
+    wheels = toolkit(place_of_wheels(torch_13), "13.2", compiles=1, says=said)
+    assert find_toolkit(torch_13) == (wheels, "13.2")
 
 
 @pytest.mark.parametrize(
