@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MIN_CAPABILITY = (8, 0)  # of the GPUs that kernels are built for
+MIN_RELEASE = (12, 4)  # of the toolkit; older ones were not tried
 USUAL = Path("/usr/local/cuda")
 WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl")
 
@@ -91,13 +92,16 @@ def check_wheels(home: Path) -> None:
 def check(home: Path, torch: Any) -> str:
     """The CUDA release of a toolkit ("13.0"). NoKernelsError if it cannot build for torch."""
     nvcc = str(home / "bin/nvcc")
-    match = re.search(r"release (\d+\.\d+)", ask(nvcc, "--version"))
-    release = match[1] if match else "unknown"
+    match = re.search(r"release (\d+)\.(\d+)", ask(nvcc, "--version"))
+    release = f"{match[1]}.{match[2]}" if match else "unknown"
     cuda = torch.version.cuda
     if release.split(".")[0] != cuda.split(".")[0]:
         raise NoKernelsError(
             f"nvcc in {home} is of CUDA {release}, torch {torch.__version__} is of CUDA {cuda}"
         )
+    if match and (int(match[1]), int(match[2])) < MIN_RELEASE:
+        least = ".".join(map(str, MIN_RELEASE))
+        raise NoKernelsError(f"nvcc in {home} is of CUDA {release}, at least {least} is needed")
     if home == place_of_wheels(torch):
         check_wheels(home)
     return release

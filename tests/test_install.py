@@ -272,7 +272,7 @@ def make_compilers(directory: Path, python: Path, action: str) -> dict[str, str]
     tools = directory / "cuda toolkit" / "bin"
     tools.mkdir(parents=True)
     for name in ("nvcc", "c++", "g++", "gcc", "cc", "x86_64-linux-gnu-gcc", "x86_64-linux-gnu-g++"):
-        (tools / name).write_text(COMPILER.format(release=f"{major}.0", action=action))
+        (tools / name).write_text(COMPILER.format(release=f"{major}.9", action=action))
         (tools / name).chmod(0o755)
     return {"CUDA_HOME": str(tools.parent), "TORCH_CUDA_ARCH_LIST": "8.0", "tools": str(tools)}
 

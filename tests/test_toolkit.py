@@ -135,6 +135,20 @@ def test_majors_must_agree(machine, tmp_path, release, cuda):
         find_toolkit(torch_of(cuda, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("release", "fits"), [("12.0", False), ("12.3", False), ("12.4", True), ("12.10", True)]
+)
+def test_the_oldest_toolkit(machine, tmp_path, release, fits):
+    home = toolkit(tmp_path / "usual", release)
+    torch_12 = torch_of("12.8", tmp_path)
+    if fits:
+        assert find_toolkit(torch_12) == (home, release)
+        return
+    words = f"nvcc in {home} is of CUDA {release}, at least 12.4 is needed: set CUDA_HOME to a"
+    with pytest.raises(NoKernelsError, match=words):
+        find_toolkit(torch_12)
+
+
 WHEELS = (
     "nvidia-cuda-nvcc~=13.2.0 nvidia-nvvm~=13.2.0 nvidia-cuda-crt~=13.2.0 nvidia-cuda-cccl~=13.2.0"
 )

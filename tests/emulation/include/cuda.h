@@ -31,6 +31,7 @@ enum cudaDriverEntryPointQueryResult {
 };
 constexpr unsigned long long cudaEnableDefault = 0;
 
+#define CUDART_VERSION 13000
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
                                              unsigned long long flags,
                                              cudaDriverEntryPointQueryResult* found);
