@@ -197,6 +197,10 @@ def with_kernels() -> dict[str, Any]:
         sorted(glob("csrc/*.cpp", root_dir=ROOT) + glob("csrc/*.cu", root_dir=ROOT)),
         extra_compile_args=compile_flags(cpp_extension.include_paths()),
     )
+    headers = toolkit.headers(home)
+    if headers and headers.parent != home:  # conda's, where nvcc looks, but torch does not
+        extension.include_dirs.append(str(headers))
+        extension.library_dirs.append(str(headers.parent / "lib"))
     extension.extra_compile_args["cxx"] += toolkit.library_headers(home, torch)
     extension.libraries = libraries(home, extension.libraries)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}

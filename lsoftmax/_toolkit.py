@@ -7,6 +7,7 @@ no torch.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -49,6 +50,14 @@ def named_home() -> str | None:
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 
 
+def headers(home: Path) -> Path | None:
+    """The folder of a toolkit's headers: conda's has one for each kind of machine, and no other."""
+    machine = platform.machine()
+    kinds = ["sbsa-linux", "aarch64-linux"] if machine == "aarch64" else [f"{machine}-linux"]
+    folders = [home / "include", *(home / "targets" / kind / "include" for kind in kinds)]
+    return next((folder for folder in folders if (folder / "cuda_runtime.h").is_file()), None)
+
+
 def toolkits(torch: Any) -> list[Path]:
     """CUDA toolkits: the one that was named, at its word, or those there are, in this order."""
     if named := named_home():
@@ -57,11 +66,7 @@ def toolkits(torch: Any) -> list[Path]:
         found = shutil.which("nvcc")
         on_path = [Path(found).resolve().parents[1]] if found else []
         # An nvcc without headers near it is a wrapper script, whose toolkit lies elsewhere.
-        homes = [
-            home
-            for home in [*on_path, USUAL]
-            if [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include")]
-        ]
+        homes = [home for home in [*on_path, USUAL] if headers(home)]
         if torch.version.cuda:
             homes.append(place_of_wheels(torch))
     return [home for home in homes if (home / "bin/nvcc").is_file()]
@@ -139,7 +144,8 @@ def library_headers(home: Path, torch: Any) -> list[str]:
     After all others, so that nothing else changes.
     """
     wanted = ("cublas_v2.h", "cublasLt.h", "cusparse.h", "cusolverDn.h")
-    if all((home / "include" / name).exists() for name in wanted):
+    folder = headers(home) or home / "include"
+    if all((folder / name).exists() for name in wanted):
         return []
     folders = sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))
     found = [folder for folder in folders if any((folder / name).exists() for name in wanted)]

@@ -9,6 +9,7 @@ and ninja. Tests marked `compiles` take most of the time; `.ci/run` leaves them 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tarfile
 import zipfile
@@ -287,6 +288,20 @@ def test_compilers_in_paths_with_spaces(tmp_path, cuda_base, source):
     report = run(environment.python, "-m", "lsoftmax")
     assert "built, not loaded" in report  # it is empty
     assert "compute capability 8.0" in report
+
+
+def test_condas_toolkit(cuda, source, tmp_path):
+    """Its headers and libraries lie where nvcc looks, but torch does not."""
+    made = make_compilers(tmp_path, cuda.python, COMPILE)
+    cuda.path = f"{made.pop('tools')}:{cuda.path}"
+    home = Path(made.pop("CUDA_HOME"))
+    target = "sbsa-linux" if platform.machine() == "aarch64" else f"{platform.machine()}-linux"
+    (home / "targets" / target / "include").mkdir(parents=True)
+    (home / "targets" / target / "include" / "cuda_runtime.h").touch()
+    output = cuda.install("--no-build-isolation", source, LSOFTMAX_CUDA="1", **made)
+    (compiled,) = {line for line in output.splitlines() if "-c " in line and "schedule.cpp" in line}
+    assert f"-I{home}/targets/{target}/include" in compiled.replace("'", "").replace("\\", "")
+    assert f"-L{home}/targets/{target}/lib" in output
 
 
 @pytest.mark.parametrize("beside_python", [False, True])

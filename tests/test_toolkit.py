@@ -80,6 +80,26 @@ def test_by_nvcc_on_path(machine, tmp_path):
     assert find_toolkit(torch_of("13.2", tmp_path)) == (home, "13.0")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "target"),
+    [("x86_64", "x86_64-linux"), ("aarch64", "sbsa-linux"), ("aarch64", "aarch64-linux")],
+)
+def test_condas(machine, tmp_path, architecture, target):
+    """Whose headers lie apart, for each kind of machine that it has them for."""
+    machine.setattr("platform.machine", lambda: architecture)
+    usual = toolkit(tmp_path / "usual")
+    conda = toolkit(tmp_path / "conda", "13.1", headers=False)
+    put_on_path(machine, conda)
+    for name in ("other-linux", target):
+        assert find_toolkit(torch_of("13.2", tmp_path)) == (usual, "13.0")
+        folder = conda / "targets" / name / "include"
+        folder.mkdir(parents=True)
+        (folder / "cuda_runtime.h").touch()
+    assert find_toolkit(torch_of("13.2", tmp_path)) == (conda, "13.1")
+    assert _toolkit.headers(conda) == folder
+    assert _toolkit.headers(usual) == usual / "include"
+
+
 def test_behind_a_wrapper(machine, tmp_path):
     put_on_path(machine, toolkit(tmp_path / "wrapper", headers=False))
     usual = toolkit(tmp_path / "usual")
