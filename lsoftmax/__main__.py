@@ -24,7 +24,13 @@ from . import _extension
 from ._toolkit import MIN_CAPABILITY, NoKernelsError, find_toolkit
 
 NO_KERNEL_IMAGE = 'CUDA says "no kernel image is available"'
-REBUILD = f"LSOFTMAX_CUDA=1 {_extension.INSTALL} (in its source tree; else lsoftmax for the dot)"
+
+
+def rebuild() -> str:
+    """What builds the kernels anew, in words."""
+    command = _extension.install_command()
+    needs = ", which needs setuptools and ninja" if command == _extension.UV else ""
+    return f"LSOFTMAX_CUDA=1 {command}{needs} (in its source tree; else lsoftmax for the dot)"
 
 
 def output_of(*command: str) -> str:
@@ -100,7 +106,7 @@ def advice(status: _extension.Status, driver: str, no_toolkit: str) -> list[str]
         if no_toolkit and no_toolkit not in status.reason:
             todo.append(f"{no_toolkit[0].upper()}{no_toolkit[1:]}.")
         todo.append(
-            f"Then {REBUILD}. Where compiling takes all memory, with MAX_JOBS=1 in front of it."
+            f"Then {rebuild()}. Where compiling takes all memory, with MAX_JOBS=1 in front of it."
         )
     if not torch.cuda.is_available():
         why = "see nvidia-smi and CUDA_VISIBLE_DEVICES" if driver else "there is no NVIDIA driver"
@@ -113,7 +119,7 @@ def advice(status: _extension.Status, driver: str, no_toolkit: str) -> list[str]
             if capability == (9, 0) and "9.0a" not in status.archs:
                 todo.append(
                     f"The kernels, for {status.archs}, leave out Hopper's matrix instructions "
-                    f"(bfloat16 is slower): TORCH_CUDA_ARCH_LIST=9.0a {REBUILD}."
+                    f"(bfloat16 is slower): TORCH_CUDA_ARCH_LIST=9.0a {rebuild()}."
                 )
             continue
         arch = f"{capability[0]}.{capability[1]}"
@@ -121,11 +127,11 @@ def advice(status: _extension.Status, driver: str, no_toolkit: str) -> list[str]
         if capability < MIN_CAPABILITY:
             todo.append(
                 f"{fault}, never for less than 8.0 ({NO_KERNEL_IMAGE}). Use the CPU, or plain "
-                f"PyTorch: LSOFTMAX_CUDA=0 {_extension.INSTALL}"
+                f"PyTorch: LSOFTMAX_CUDA=0 {_extension.install_command()}"
             )
         else:
             arch += "a" if arch == "9.0" else ""  # with Hopper's matrix instructions
-            todo.append(f"{fault} ({NO_KERNEL_IMAGE}): TORCH_CUDA_ARCH_LIST={arch} {REBUILD}.")
+            todo.append(f"{fault} ({NO_KERNEL_IMAGE}): TORCH_CUDA_ARCH_LIST={arch} {rebuild()}.")
     return list(dict.fromkeys(todo))
 
 

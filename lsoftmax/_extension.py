@@ -21,8 +21,9 @@ import torch
 
 # With `lsoftmax` for the dot it does for who has no source tree: pip keeps the wheel that it has
 # once made of an index's sources, whatever torch it was for.
-INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary lsoftmax ."
-_REINSTALL = f"Reinstall lsoftmax under this torch: {INSTALL}"
+PIP = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary lsoftmax ."
+# uv hides from a build the torch that it installs for, unless it is told not to.
+UV = "uv pip install --no-build-isolation --no-deps --reinstall-package lsoftmax ."
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ def read_build_info(directory: Path) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
+def install_command() -> str:
+    """What builds and installs the package anew, by the program that installed it."""
+    records = Path(__file__).parents[1].glob("lsoftmax-*.dist-info/INSTALLER")
+    return UV if any(record.read_text().strip() == "uv" for record in records) else PIP
+
+
+def _reinstall() -> str:
+    return f"Reinstall lsoftmax under this torch: {install_command()}"
+
+
 def _abi(version: str) -> str:
     """The part of a torch version that an extension depends on: releases keep it within a minor;
     others may change it from commit to commit, which is what their local part names.
@@ -79,12 +90,13 @@ def why_unfit(info: dict[str, Any], torch_version: str, cuda: str | None) -> str
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     built, built_cuda = str(info.get("torch", "")), info.get("cuda")
     if info.get("python", python) != python:
-        return f"The kernels were built for Python {info['python']}, this is {python}. {_REINSTALL}"
+        built_for = f"The kernels were built for Python {info['python']}"
+        return f"{built_for}, this is {python}. {_reinstall()}"
     if built and (_abi(built), built_cuda) != (_abi(torch_version), cuda):
         here = f"CUDA {cuda}" if cuda else "no CUDA"
         return (
             f"The kernels were built for torch {_shown(built)} (CUDA {built_cuda}), "
-            f"this is torch {_shown(torch_version)} ({here}). {_REINSTALL}"
+            f"this is torch {_shown(torch_version)} ({here}). {_reinstall()}"
         )
     return ""
 
@@ -122,7 +134,7 @@ def load() -> None:
         try:
             importlib.import_module(f"{__package__}._C")
         except (ImportError, OSError) as error:
-            reason = f"The kernels were built but do not load ({error}). {_REINSTALL}"
+            reason = f"The kernels were built but do not load ({error}). {_reinstall()}"
     _status = Status(
         built=built,
         loaded=built and not reason,

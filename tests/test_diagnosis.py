@@ -58,6 +58,7 @@ class Machine:
     driver: bool = True
     as_source_tree: bool = False
     newer_sources: bool = False
+    installer: str = "pip"
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Case:
 INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary lsoftmax ."
 REBUILD = f"LSOFTMAX_CUDA=1 {INSTALL}"
 REINSTALL = f"Reinstall lsoftmax under this torch: {INSTALL}"
+UV = "uv pip install --no-build-isolation --no-deps --reinstall-package lsoftmax ."
 CASES = [
     Case("nothing", Machine(), ["kernels    loaded", "Nothing to do."]),
     Case(
@@ -98,6 +100,20 @@ CASES = [
         "CUDA majors differ",
         Machine({"missing": "nvcc is of CUDA 12.8"}, None, nvcc="12.8"),
         ["is of CUDA 12.8, torch", "is of CUDA 13.0: set CUDA_HOME to a CUDA 13 toolkit", REBUILD],
+    ),
+    Case(
+        "uv hid torch from the build",
+        Machine({"missing": "the build cannot import torch"}, None, installer="uv"),
+        [
+            "were not built when lsoftmax was installed: the build cannot import torch.",
+            f"LSOFTMAX_CUDA=1 {UV}, which needs setuptools and ninja (in its source tree",
+        ],
+    ),
+    Case(
+        "built for another torch, by uv",
+        Machine({**BUILT, "torch": "2.3.1"}, installer="uv"),
+        [f"Reinstall lsoftmax under this torch: {UV}"],
+        warns=True,
     ),
     Case(
         "compiling took all memory",
@@ -221,6 +237,9 @@ def install(machine: Machine, root: Path) -> dict[str, str]:
     if machine.newer_sources:
         (site / "csrc").mkdir()
         (site / "csrc" / "engine.h").touch()
+    records = site / f"lsoftmax-{lsoftmax.__version__}.dist-info"
+    records.mkdir()
+    (records / "INSTALLER").write_text(f"{machine.installer}\n")
     tools = root / "tools" / "bin"
     tools.mkdir(parents=True)
     if machine.nvcc:

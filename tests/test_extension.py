@@ -155,7 +155,7 @@ def test_why_unfit(info, version, cuda, sentence):
     why = _extension.why_unfit(info, version, cuda)
     assert sentence in why
     assert bool(sentence) == bool(why)
-    assert why.endswith(_extension.INSTALL) == bool(sentence)
+    assert why.endswith(_extension.install_command()) == bool(sentence)
 
 
 @pytest.fixture
