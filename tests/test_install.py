@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -302,6 +303,26 @@ def test_condas_toolkit(cuda, source, tmp_path):
     (compiled,) = {line for line in output.splitlines() if "-c " in line and "schedule.cpp" in line}
     assert f"-I{home}/targets/{target}/include" in compiled.replace("'", "").replace("\\", "")
     assert f"-L{home}/targets/{target}/lib" in output
+
+
+def test_uv(cuda, source, tmp_path):
+    """It hides torch from a build, unless it is told not to: then the report has its command."""
+    made = make_compilers(tmp_path, cuda.python, COMPILE)
+    path = f"{made.pop('tools')}:{cuda.path}"
+
+    def install(*options, **variables):
+        uv = [sys.executable, "-m", "uv", "pip", "install", "--python", cuda.python]
+        run(*uv, *options, source, PATH=path, **made, **variables)
+        return list(cuda.package.glob("_C*.so"))
+
+    command = "uv pip install --no-build-isolation --no-deps --reinstall-package lsoftmax ."
+    assert not install("--no-deps")
+    assert f"LSOFTMAX_CUDA=1 {command}" in cuda.report()
+    assert install("--no-deps", "--no-build-isolation")
+    assert install(*command.split()[3:-1], LSOFTMAX_CUDA="1")
+    report = run(cuda.python, "-m", "lsoftmax")
+    assert "do not load (" in report, "the extension is empty"
+    assert f"Reinstall lsoftmax under this torch: {command}" in report
 
 
 @pytest.mark.parametrize("beside_python", [False, True])
