@@ -22,7 +22,6 @@ import shlex
 import shutil
 import site
 import sys
-import sysconfig
 from glob import glob
 from pathlib import Path
 from types import ModuleType
@@ -173,9 +172,7 @@ def with_kernels() -> dict[str, Any]:
         # Of the ops: kernels built in place may come to lie beside newer sources.
         "interface": hashlib.sha256((ROOT / "csrc/engine.h").read_bytes()).hexdigest(),
     }
-    # pip's ninja lies beside the Python of an environment, which need not be activated.
-    scripts = sysconfig.get_path("scripts")
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), scripts])
+    toolkit.find_pips_ninja()
     if not cpp_extension.is_ninja_available():
         say("lsoftmax: there is no ninja, so one file is compiled at a time: pip install ninja")
 

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def ask(*command: str, remedy: str = "") -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NoKernelsError(f"{command[0]} does not run ({error}){remedy}") from None
+
+
+def find_pips_ninja() -> None:
+    """pip's lies beside the Python of an environment, which need not be activated."""
+    if shutil.which("ninja") is None:
+        scripts = sysconfig.get_path("scripts")
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), scripts])
 
 
 def requirements(cuda: str) -> list[str]:

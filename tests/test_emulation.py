@@ -5,7 +5,6 @@ The other tests trust it; these find out whether they may. Kernels and cases: se
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -118,15 +117,6 @@ def test_counters():
     # Two halves and two pairs besides two whole-warp __syncwarp.
     expected = {"launches": 1, "blocks": 1, "barriers": 1, "warp_operations": 8}
     assert change == expected | {"bytes_read": 0, "bytes_written": 0}
-
-
-def test_ninja_is_found_beside_python(monkeypatch, tmp_path):
-    """pip puts it there: on PATH only where the environment is activated."""
-    (tmp_path / "ninja").touch(mode=0o755)
-    monkeypatch.setattr(build.sysconfig, "get_path", {"scripts": str(tmp_path)}.get)
-    monkeypatch.setenv("PATH", "/nowhere")
-    build.find_pips_ninja()
-    assert shutil.which("ninja") == str(tmp_path / "ninja")
 
 
 def test_order_of_turns():

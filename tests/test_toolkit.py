@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,3 +208,12 @@ def test_the_libraries_headers_are_found_with_torch(tmp_path: Path) -> None:
     for name in ("cublasLt.h", "cusparse.h", "cusolverDn.h"):
         (home / "include" / name).touch()
     assert _toolkit.library_headers(home, torch) == []
+
+
+def test_ninja_is_found_beside_python(monkeypatch, tmp_path):
+    """pip puts it there: on PATH only where the environment is activated."""
+    (tmp_path / "ninja").touch(mode=0o755)
+    monkeypatch.setattr(_toolkit.sysconfig, "get_path", {"scripts": str(tmp_path)}.get)
+    monkeypatch.setenv("PATH", "/nowhere")
+    _toolkit.find_pips_ninja()
+    assert shutil.which("ninja") == str(tmp_path / "ninja")

@@ -13,7 +13,6 @@ import functools
 import os
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,18 +170,13 @@ def _sources(name: str, directory: Path) -> list[Path]:
     return sources
 
 
-def find_pips_ninja() -> None:
-    """pip's lies beside the Python of an environment, which need not be activated."""
-    if shutil.which("ninja") is None:
-        scripts = sysconfig.get_path("scripts")
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), scripts])
-
-
 def _build(name: str, sanitize: bool) -> Any:
-    find_pips_ninja()
     # Imports setuptools and more, which a test that merely looks at this file can do without.
     from torch.utils import cpp_extension
 
+    from lsoftmax._toolkit import find_pips_ninja
+
+    find_pips_ninja()
     version = torch.__version__ + ("-sanitize" if sanitize else "")
     directory = ROOT / "build" / "emulation" / version / name
     directory.mkdir(parents=True, exist_ok=True)
