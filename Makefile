@@ -142,7 +142,7 @@ test-nightly: $(STATE)/nightly
 	cd tests && $(PY) -m pytest --backend emulation -m nightly $(PYTEST_ARGS)
 
 test-install: $(STATE)/package
-	cd tests && $(PY) -m pytest -m install test_install.py $(PYTEST_ARGS)
+	cd tests && $(PY) -m pytest -m install install $(PYTEST_ARGS)
 
 # What the benchmarks compare with; on a machine with a GPU more of it.
 PEERS := $(if $(shell command -v nvidia-smi),bench-gpu,bench)

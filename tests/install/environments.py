@@ -1,4 +1,4 @@
-"""Virtual environments and source trees that test_install.py builds the package in."""
+"""Virtual environments and source trees that the package is built in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: object, fails: bool = False, **env: str) -> str:
