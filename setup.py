@@ -125,9 +125,11 @@ def as_built(cpp_extension: Any) -> str:
             f"got {asked!r}: {error}"
         ) from None
     ptx = set(re.findall(r"code=compute_(\d+[a-z]?)", flags))
-    archs = dict.fromkeys(re.findall(r"arch=compute_(\d+[a-z]?)", flags))
-    names = {arch: re.sub(r"^(\d+)(\d)", r"\1.\2", arch) for arch in archs}
-    return ";".join(name + ("+PTX" if arch in ptx else "") for arch, name in names.items())
+    archs = set(re.findall(r"arch=compute_((\d+)(\d)([a-z]?))", flags))
+    return ";".join(  # torch sorts by text: 10.0 before 8.0
+        f"{major}.{minor}{letter}" + ("+PTX" if arch in ptx else "")
+        for arch, major, minor, letter in sorted(archs, key=lambda a: (int(a[1]), a))
+    )
 
 
 def compile_flags(torch_includes: list[str]) -> dict[str, list[str]]:
