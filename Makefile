@@ -91,12 +91,14 @@ $(STATE)/venv:
 $(STATE)/torch-wanted: $(STATE)/venv FORCE
 	$(call remember,$(TORCH))
 
-# Torch before the package, which is built for the torch it finds.
+# Torch before the package, which is built for the torch it finds. From then on it stays as it is,
+# whatever else comes: torchvision, say, would rather have the newest.
 $(STATE)/torch: $(STATE)/torch-wanted
 	$(PIP) install '$(TORCH)'
-	@touch $@
+	@$(PY) -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > $@
 
-INSTALL := $(PIP) install '.[test,examples]'
+PIP_INSTALL := $(PIP) install --constraint $(STATE)/torch
+INSTALL := $(PIP_INSTALL) '.[test,examples]'
 else
 $(STATE)/torch:
 	$(PY) -c 'import torch, setuptools as s; v = s.__version__; \
@@ -133,7 +135,7 @@ test: $(STATE)/package
 
 # The other libraries that are used with this one, where there is an environment of our own.
 $(STATE)/nightly: $(STATE)/package
-	$(if $(PYTHON),,$(PIP) install 'lsoftmax[docs,ecosystem]')
+	$(if $(PYTHON),,$(PIP_INSTALL) 'lsoftmax[docs,ecosystem]')
 	@touch $@
 
 test-nightly: $(STATE)/nightly
@@ -148,7 +150,7 @@ test-install: $(STATE)/package
 PEERS := $(if $(shell command -v nvidia-smi),bench-gpu,bench)
 
 $(STATE)/bench: $(STATE)/package
-	$(if $(PYTHON),,$(PIP) install 'lsoftmax[$(PEERS)]')
+	$(if $(PYTHON),,$(PIP_INSTALL) 'lsoftmax[$(PEERS)]')
 	@touch $@
 
 # Of the sources, not of the installed package; in build/mutations. An interrupted run goes on.
@@ -173,7 +175,7 @@ kernel-report: $(STATE)/package
 # ---- pages --------------------------------------------------------------------------------------
 
 $(STATE)/docs: $(STATE)/package
-	$(if $(PYTHON),,$(PIP) install 'lsoftmax[docs]')
+	$(if $(PYTHON),,$(PIP_INSTALL) 'lsoftmax[docs]')
 	@touch $@
 
 # From docs/, so that it is the installed package whose docstrings are read.
@@ -184,7 +186,7 @@ docs: $(STATE)/docs
 # ---- looks --------------------------------------------------------------------------------------
 
 $(STATE)/lint: $(STATE)/package
-	$(if $(PYTHON),,$(PIP) install 'lsoftmax[lint]')
+	$(if $(PYTHON),,$(PIP_INSTALL) 'lsoftmax[lint]')
 	@touch $@
 
 lint: $(STATE)/lint

@@ -19,7 +19,7 @@ for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"the examples need {package}")
 
 import mnist_run
-from test_distributed_example import finish, free_port, start
+from test_distributed_example import finish, folder_of, free_port, start
 from test_experiments import write_mnist
 
 KILLS = 20  # of examples/mnist.py
@@ -105,14 +105,15 @@ def test_mnist(tmp_path: Path, draw: random.Random) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_distributed(tmp_path: Path, draw: random.Random) -> None:
     """Either of two processes, whenever: what is left can be loaded, and ends as in one process."""
-    options = ["--timeout", "60", "--checkpoints", str(tmp_path)]
+    training, options = ["--epochs", "20", "--checkpoints", str(tmp_path)], ["--timeout", "60"]
+    saved = folder_of(tmp_path, 20)
     seen = []
     for _ in range(DISTRIBUTED_KILLS):
         port = free_port()
-        both = [start(rank, port, ["--epochs", "20", *options]) for rank in range(2)]
+        both = [start(rank, port, [*training, *options]) for rank in range(2)]
         reached = len(seen) and seen[-1]
         while True:  # until it has begun, and then some time
-            names = sorted(path.name for path in tmp_path.glob("epoch-*"))
+            names = sorted(path.name for path in saved.glob("epoch-*"))
             if names and int(names[-1][-4:]) > reached:
                 break
             assert all(process.poll() is None for process in both), both[0].communicate()[1]
@@ -121,7 +122,7 @@ def test_distributed(tmp_path: Path, draw: random.Random) -> None:
         draw.choice(both).kill()
         for process in both:
             process.communicate(timeout=90)
-        seen.append(int(max(path.name for path in tmp_path.glob("epoch-*"))[-4:]))
+        seen.append(int(max(path.name for path in saved.glob("epoch-*"))[-4:]))
         if seen[-1] > 16:
             break
     print(f"{len(seen)} kills, after epochs {seen}")
