@@ -11,7 +11,6 @@ import doctest
 import importlib
 import importlib.util
 import os
-import pkgutil
 import re
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import pytest
 
 import lsoftmax
+from ecosystem import needed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -86,12 +86,8 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_runs(
     page: str, needs: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if needs is not None:
-        try:
-            for name in needs.split():
-                pkgutil.resolve_name(name)
-        except (ImportError, AttributeError):
-            pytest.skip(f"{page} has Python that needs {needs}, which is not here")
+    for name in (needs or "").split():
+        needed(name)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page}
     for block in BLOCKS[page]:

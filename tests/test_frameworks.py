@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ecosystem import needed
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore"),  # theirs
@@ -16,8 +18,8 @@ pytestmark = [
 
 def test_lightning(tmp_path: Path) -> None:
     """Trained, annealed, and in Lightning's own checkpoint."""
-    pytest.importorskip("lightning", reason="needs lightning")
-    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    needed("lightning")
+    needed("sklearn")
     import lightning_digits
 
     figures = lightning_digits.main(epochs=8, folder=str(tmp_path))
@@ -30,14 +32,8 @@ def test_lightning(tmp_path: Path) -> None:
 
 
 def test_timm() -> None:
-    try:
-        import timm
-        import torchvision
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
-        pytest.skip(f"needs timm and a torchvision that fits torch: {error}")
-    pytest.importorskip("sklearn", reason="needs scikit-learn")
-    assert timm
-    assert torchvision
+    for name in ("timm", "torchvision", "sklearn"):
+        needed(name)
     import timm_finetune
 
     assert timm_finetune.main(epochs=3) > 0.6
@@ -46,10 +42,7 @@ def test_timm() -> None:
 @pytest.mark.parametrize("network", ["test_vit", "test_convnext"])
 def test_other_networks_of_timm(network: str) -> None:
     """One step through bodies of other kinds: features of their size, and gradients everywhere."""
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"needs timm and a torchvision that fits torch: {error}")
+    timm = needed("timm")
     import lsoftmax
 
     body = timm.create_model(network, pretrained=False, num_classes=0)
@@ -64,7 +57,9 @@ def test_transformers(tmp_path: Path) -> None:
     """As docs/ecosystem.md has it: a checkpoint of the body alone begins the annealing, one of all
     goes on. Red where junk for a schedule's numbers trains.
     """
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    needed("transformers.PreTrainedModel")
+    import transformers
+
     import lsoftmax
 
     class Body(transformers.PreTrainedModel):

@@ -42,7 +42,8 @@ def written(folder: Path) -> list[tuple[str, int]]:
     """What is there now: changes as soon as a file is begun."""
     if not folder.exists():
         return []
-    return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder))
+    with os.scandir(folder) as entries:  # which one of them may leave on the way
+        return sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
 
 
 def kill(process: multiprocessing.Process, folder: Path, draw: random.Random) -> bool:
