@@ -1,7 +1,4 @@
-"""Builds and installs the package in every supported way. `make test-install`; needs the network.
-
-Tests marked `compiles` take most of the time; `.ci/run` leaves them out.
-"""
+"""Builds and installs the package in every supported way. `make test-install`; needs the network."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ import lsoftmax
 from install.environments import Environment, run
 
 pytestmark = pytest.mark.install
-
-compiles = pytest.mark.compiles
 
 
 @pytest.mark.parametrize(
@@ -44,7 +39,6 @@ def test_no_torch_yet(tmp_path, source):
     assert "install torch first" in output
 
 
-@compiles
 def test_kernels_are_built_and_registered_without_a_gpu(built):
     assert "WITHOUT" not in built.output
     for arch in ("sm_80", "sm_90a", "sm_100", "compute_100", "sm_120", "compute_120"):
@@ -56,7 +50,6 @@ def test_kernels_are_built_and_registered_without_a_gpu(built):
     assert "8.0;9.0a;10.0+PTX;12.0+PTX" in report
 
 
-@compiles
 def test_kernels_without_build_isolation_and_without_warnings(cuda, source):
     arch = {"TORCH_CUDA_ARCH_LIST": "9.0a", "LSOFTMAX_CUDA": "1", "LSOFTMAX_WERROR": "1"}
     output = cuda.install("--no-build-isolation", source, **arch)
@@ -65,7 +58,6 @@ def test_kernels_without_build_isolation_and_without_warnings(cuda, source):
     assert "lsoftmax::loss_fwd: CUDA" in cuda.report()
 
 
-@compiles
 def test_kernels_in_place(cuda, cuda_base, source):
     if "lsoftmax" in run(cuda_base, "-m", "pip", "list"):
         pytest.skip(f"{cuda_base} has lsoftmax itself, which hides one that is installed in place")
@@ -79,7 +71,6 @@ def test_kernels_in_place(cuda, cuda_base, source):
     assert "not built" in cuda.report()
 
 
-@compiles
 def test_kernels_by_wheels(cuda, cuda_base, source):
     homes = (Path(Environment.purelib(cuda_base)) / "nvidia").glob("cu*/bin/nvcc")
     home = next((nvcc.parents[1] for nvcc in homes), None)
@@ -100,7 +91,6 @@ def test_cuda_torch_without_nvcc(cuda, source):
     assert "LSOFTMAX_CUDA=1 pip install" in report
 
 
-@compiles
 def test_no_kernels_from_an_earlier_build_ship(cuda, built):
     output = cuda.install(built.source, LSOFTMAX_CUDA="0")
     assert "LSOFTMAX_CUDA=0 asked for it" in output
@@ -141,7 +131,6 @@ def test_asked_for_nonsense(cpu, source):
     assert "LSOFTMAX_CUDA must be unset, 0 or 1, not 'yes'" in output
 
 
-@compiles
 def test_kernels_of_another_torch(cpu, built):
     shutil.copytree(built.package, cpu.package)
     output = run(cpu.python, "-c", "import lsoftmax; print(lsoftmax.cuda_available())")
@@ -152,7 +141,6 @@ def test_kernels_of_another_torch(cpu, built):
     assert "built, not loaded" in run(cpu.python, "-m", "lsoftmax")
 
 
-@compiles
 def test_kernels_that_do_not_load(cpu, built):
     shutil.copytree(built.package, cpu.package)
     (cpu.package / "_build_info.json").unlink()  # so that nothing warns the loader
