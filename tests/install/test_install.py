@@ -1,4 +1,4 @@
-"""Builds and installs the package in every supported way. `make test-install`; needs the network."""
+"""Builds and installs the package in every way it supports. `make test-install`; needs network."""
 
 from __future__ import annotations
 
