@@ -95,7 +95,7 @@ $(STATE)/torch-wanted: $(STATE)/venv FORCE
 # whatever else comes: torchvision, say, would rather have the newest.
 $(STATE)/torch: $(STATE)/torch-wanted
 	$(PIP) install '$(TORCH)'
-	@$(PY) -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > $@
+	@$(PY) -c 'from importlib.metadata import version as v; print("torch==" + v("torch").partition("+")[0])' > $@
 
 PIP_INSTALL := $(PIP) install --constraint $(STATE)/torch
 INSTALL := $(PIP_INSTALL) '.[test,examples]'
