@@ -13,9 +13,9 @@ import lsoftmax
 import networks
 from augment import move
 from classification import compare
-from data import MissingDataError, cifar
+from data import MissingDataError, TooFewImagesError, cifar
 from experiment import Row, Setting, authors
-from options import arguments_of, device_of
+from options import arguments_of, device_of, ratio_of
 from training import Recipe
 
 PAPER_NETWORK = partial(networks.paper, widths=(64, 128, 256), depths=(5, 4, 4))
@@ -46,14 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser = arguments_of("cifar", "Compare softmax and L-Softmax on CIFAR.", [*SETTINGS, "paper"])
     parser.add_argument("--classes", type=int, choices=(10, 100), default=10, help="(%(default)s)")
     parser.add_argument("--augment", action="store_true", help="move by up to 4 pixels, mirror")
+    parser.add_argument(
+        "--long-tail",
+        type=ratio_of,
+        metavar="RATIO",
+        help="classes from 500 images (5000 of ten classes) to that many times fewer (all equal)",
+    )
     args = parser.parse_args(arguments)
     args.device = device_of(args.device, parser)
     try:
         data = cifar(args.data, args.classes)
-    except MissingDataError as error:
+        if args.long_tail is not None:
+            data = data.long_tailed(args.long_tail)
+    except (MissingDataError, TooFewImagesError) as error:
         parser.error(str(error))
     setting = PAPER[args.augment] if args.recipe == "paper" else SETTINGS[args.recipe]
-    return compare(args, data, setting, augment=partial(move, flip=True) if args.augment else None)
+    augment = partial(move, flip=True) if args.augment else None
+    return compare(args, data, setting, augment=augment, long_tail=args.long_tail)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ class MissingDataError(Exception):
             f"{title}: expected in {folder}{wanted}\n"
             f"Usually found at {source}; name the folder with --data."
         )
+
+
+class TooFewImagesError(ValueError):
+    """A class would have no image to train on."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,29 @@ class Labelled:
         """With only the first ``count`` images to train on."""
         train = self.train_images[:count], self.train_labels[:count]
         return Labelled(*train, self.test_images, self.test_labels, self.classes)
+
+    def long_tailed(self, ratio: float) -> Labelled:
+        """With class c of C to train on cut to its first n ratio^(-c / (C - 1)) images, n those
+        of the largest class: the long-tailed CIFAR of Cui et al. (CVPR 2019).
+
+        Raises:
+            TooFewImagesError: the rarest class would have none.
+        """
+        counts = torch.bincount(self.train_labels, minlength=self.classes)
+        decline = ratio ** (-torch.arange(self.classes).double() / (self.classes - 1))
+        kept = (counts.max() * decline + 1e-9).long()  # 500 / 100 is 5
+        if kept[-1] == 0:
+            raise TooFewImagesError(
+                f"long tail: expected a ratio of at most {counts.max()}, the images of the largest "
+                f"class, got {ratio:g}"
+            )
+        of_class = [
+            (self.train_labels == label).nonzero()[:count, 0] for label, count in enumerate(kept)
+        ]
+        chosen = torch.cat(of_class).sort().values
+        return replace(
+            self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen]
+        )
 
 
 def find(folder: Path, places: Sequence[str], names: Sequence[str]) -> list[Path]:

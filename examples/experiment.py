@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import lsoftmax
+from balance import WEIGHTS, inverse_counts
 from extras import needed
 from files import write_json
 from sampled import sampled
@@ -49,8 +50,9 @@ def authors(gamma: float, power: float) -> Callable[..., lsoftmax.LambdaSchedule
 
 def chosen(setting: Setting, args: argparse.Namespace) -> Setting:
     """The setting with what the command line says otherwise."""
-    if args.epochs is not None:
-        setting = replace(setting, recipe=replace(setting.recipe, epochs=args.epochs))
+    given = {name: getattr(args, name) for name in ("epochs", "clip", "balance")}
+    given = {name: value for name, value in given.items() if value is not None}
+    setting = replace(setting, recipe=replace(setting.recipe, **given))
     if args.keep is not None:
         setting = replace(setting, schedule=partial(setting.schedule, keep=args.keep))
     return setting
@@ -165,7 +167,11 @@ def prepare(
     torch.manual_seed(seed)
     network = setting.network(images, setting.features).to(images.device)
     schedule = setting.schedule(setting.recipe.steps(len(labels)))
-    criterion = lsoftmax.LSoftmaxLoss(setting.features, classes, margin, lam=schedule)
+    weighted = setting.recipe.balance == WEIGHTS
+    weight = inverse_counts(labels, classes) if weighted else None
+    criterion = lsoftmax.LSoftmaxLoss(
+        setting.features, classes, margin, lam=schedule, weight=weight
+    )
     nn.init.kaiming_normal_(criterion.linear.weight)
     criterion = criterion.to(images.device)
     return Training(

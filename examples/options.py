@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 import lsoftmax
+from balance import BATCHES, WEIGHTS
 from lsoftmax.checks import check_margin
 from lsoftmax.sampling import check_sampling
 
@@ -37,6 +39,22 @@ def keep_of(text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return keep
+
+
+def norm_of(text: str) -> float:
+    """An argument that is a norm."""
+    value = float(text)
+    if not value > 0:
+        raise ValueError
+    return value
+
+
+def ratio_of(text: str) -> float:
+    """An argument that is at least 1."""
+    value = float(text)
+    if not 1 <= value < math.inf:
+        raise ValueError
+    return value
 
 
 def rate_of(text: str) -> float:
@@ -76,6 +94,8 @@ def arguments_of(name: str, description: str, settings: Iterable[str]) -> argpar
     add("--margins", type=margin_of, nargs="+", default=[1, 2, 3, 4], help="1 is softmax (1 2 3 4)")
     add("--seeds", type=positive, default=3, help="trainings a margin (%(default)s)")
     add("--epochs", type=positive, help="instead of the recipe's")
+    add("--clip", type=norm_of, help="the norm that gradients are cut down to (no clipping)")
+    add("--balance", choices=(WEIGHTS, BATCHES), help="of classes of unequal size (none)")
     add("--keep", type=keep_of, help="of lam's schedule, instead of the recipe's")
     add("--device", default=device, help="cpu, cuda, cuda:1 and so on (%(default)s)")
     add("--amp", action="store_true", help="autocast to bfloat16")

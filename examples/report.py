@@ -38,6 +38,7 @@ class Part:
     paper: tuple[str, dict[int, float]] | None  # a column, and the paper's figure of each margin
     draw: Callable[[Path, Sequence[Row]], None]
     picture: str  # what it shows
+    compared: int = 2  # columns, the first, that tell one way to train from another
 
 
 # As secondary sources quote the paper's tables.
@@ -48,14 +49,16 @@ CIFAR100 = {1: 32.74, 2: 29.95, 3: 29.87, 4: 29.53}
 LFW = {1: 96.53, 2: 97.81, 3: 98.27, 4: 98.71}
 
 
+ANGLES = "Angles of the test images to their own and to the nearest other class"
+TAIL = ("test_error", "rare_error", "unanswered")  # the figures of classes of unequal size
+
 MARGINS = tuple(MNIST)
 HEAD = ("| | " + " | ".join(map(name_of, MARGINS)) + " |", "|---" * (1 + len(MARGINS)) + "|")
 
 
 def labelled(paper: dict[int, float]) -> Part:
     """An experiment on labelled images."""
-    words = "Angles of the test images to their own and to the nearest other class"
-    return Part(classification.COLUMNS, ("the paper's, %", paper), draw_angles, words)
+    return Part(classification.COLUMNS, ("the paper's, %", paper), draw_angles, ANGLES)
 
 
 def verified(negatives: int, paper: tuple[str, dict[int, float]] | None) -> Part:
@@ -73,6 +76,9 @@ PARTS = {
     "cifar10-augmented": labelled(CIFAR10_AUGMENTED),
     "cifar100": labelled(CIFAR100),
     "cifar100-small": labelled(CIFAR100),
+    "cifar100-tail": Part(
+        {key: classification.COLUMNS[key] for key in TAIL}, None, draw_angles, ANGLES, len(TAIL)
+    ),
     "omniglot": verified(pairs.FOLDS * pairs.PAIRS, None),
     "lfw": FACES,
     "lfw-small": FACES,
@@ -83,6 +89,7 @@ PARTS = {
 # of their results, and what they are called there.
 VARIANTS = {
     "keep": {"keep0.7": "*keep=0.7*"},
+    "balanced": {"weights": "*class weights*", "batches": "*balanced batches*"},
     "sampled": {"sample0.5": "*half of the classes a step*", "sample0.2": "*a fifth*"},
 }
 
@@ -132,7 +139,7 @@ def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
 
 
 def compared(results: dict[str, dict[str, Any]], variants: dict[str, str]) -> str:
-    """Experiments that were trained otherwise too: a line each way of two figures, from the seeds
+    """Experiments that were trained otherwise too: a line each way of some figures, from the seeds
     and folds that were trained every way.
     """
     lines = list(HEAD)
@@ -147,7 +154,7 @@ def compared(results: dict[str, dict[str, Any]], variants: dict[str, str]) -> st
         }
         folds = {row["fold"] for row in rows[""] if "fold" in row}
         which = f" ({len(folds)} of 10 folds)" if folds else ""
-        for column, title in list(part.columns.items())[:2]:
+        for column, title in list(part.columns.items())[: part.compared]:
             for words, each in rows.items():
                 lines.append(line(words or f"{key}{which}: {title}", figures(each, column)))
     return "\n".join(lines) + "\n"

@@ -33,6 +33,7 @@ def sampled(
         linear.out_features,
         criterion.margin,
         lam=copy.deepcopy(criterion.schedule),  # of its own: a layer moves it on
+        weight=criterion.weight,
         sample_rate=sample_rate,
         seed=seed,
         device=linear.weight.device,

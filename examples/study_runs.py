@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lsoftmax
+from balance import balanced_order, inverse_counts
 from data import Labelled
 from extras import needed
 from lsoftmax import LambdaSchedule
@@ -69,15 +70,9 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
 
 def drawn(labels: Tensor, task: Task, generator: torch.Generator) -> Tensor:
     """The images of an epoch, in order."""
-    if task.balanced:  # as torch.utils.data.WeightedRandomSampler draws them
-        weights = inverse_counts(labels, int(labels.max()) + 1)[labels].double()
-        return torch.multinomial(weights, len(labels), True, generator=generator)
+    if task.balanced:
+        return balanced_order(labels, generator)
     return torch.randperm(len(labels), generator=generator)
-
-
-def inverse_counts(labels: Tensor, classes: int) -> Tensor:
-    """Weights (C,) of classes that make up for their sizes."""
-    return len(labels) / (classes * torch.bincount(labels, minlength=classes))
 
 
 class Runs:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lsoftmax
+from balance import BATCHES, balanced_order
 from files import save
 
 # In words: importing lsoftmax.distributed takes a second, which few trainings need.
@@ -38,6 +40,8 @@ class Recipe:
     lr: float = 0.1
     weight_decay: float = 5e-4
     drops: tuple[int, ...] = ()
+    clip: float | None = None  # the norm that a step's gradient is cut down to
+    balance: str | None = None  # of classes of unequal size, see balance.py
 
     def steps(self, count: int) -> int:
         """Training steps of the whole training on ``count`` images; a last short batch is left out.
@@ -99,13 +103,13 @@ class Training:
         self.seconds = 0.0
 
     def run_epoch(self) -> Log:
-        """Train on every image once; the epoch's entry of ``history``."""
+        """Train on as many images as there are; the epoch's entry of ``history``."""
         start = time.perf_counter()
         device, batch_size = self.labels.device, self.recipe.batch
         self.network.train()
         self.criterion.train()
         count = len(self.labels) // batch_size * batch_size
-        order = torch.randperm(len(self.labels), generator=self.generator)[:count].to(device)
+        order = self.order()[:count].to(device)
         total = torch.zeros((), device=device)
         for index in order.split(batch_size):
             images, labels = self.images[index], self.labels[index]
@@ -116,6 +120,8 @@ class Training:
                 loss = self.criterion(features, labels)
             self.optimizer.zero_grad()
             loss.backward()
+            if self.recipe.clip is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters(), self.recipe.clip)
             self.optimizer.step()
             self.scheduler.step()
             total += loss.detach()
@@ -130,6 +136,16 @@ class Training:
         self.history.append(log)
         self.seconds += time.perf_counter() - start
         return log
+
+    def order(self) -> Tensor:
+        """The images (N,) of an epoch: each once, or drawn with balanced classes."""
+        if self.recipe.balance == BATCHES:
+            return balanced_order(self.labels.cpu(), self.generator)
+        return torch.randperm(len(self.labels), generator=self.generator)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the network and of its loss."""
+        return chain(self.network.parameters(), self.criterion.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epoch depends on: tensors and plain values."""

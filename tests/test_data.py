@@ -169,6 +169,41 @@ def test_a_binary_cut_short_is_refused(tmp_path):
         data.cifar(tmp_path, 100)
 
 
+# ---- a long tail ---------------------------------------------------------------------------------
+
+
+def balanced_images(rng: np.random.Generator, classes: int, of_each: int) -> data.Labelled:
+    labels = torch.from_numpy(rng.permutation(np.arange(classes).repeat(of_each)))
+    images = torch.from_numpy(byte_array(rng, len(labels), 1, 2, 2))
+    return data.Labelled(images, labels, images[:5], labels[:5], classes)
+
+
+def test_long_tail(rng):
+    """The published counts; the first images of each class, in the order they came in."""
+    whole = balanced_images(rng, 100, 500)
+    tail = whole.long_tailed(100)
+    counts = tail.train_labels.bincount().tolist()
+    assert (counts[0], counts[-1], sum(counts)) == (500, 5, 10847)
+    assert counts == sorted(counts, reverse=True)
+    seen = dict.fromkeys(range(100), 0)
+    kept = []
+    for position, label in enumerate(whole.train_labels.tolist()):
+        if seen[label] < counts[label]:
+            kept.append(position)
+        seen[label] += 1
+    assert torch.equal(tail.train_labels, whole.train_labels[kept])
+    assert torch.equal(tail.train_images, whole.train_images[kept])
+    assert torch.equal(tail.test_images, whole.test_images)
+    assert torch.equal(whole.long_tailed(1).train_images, whole.train_images)
+
+
+def test_a_tail_without_an_image_is_refused(rng):
+    whole = balanced_images(rng, 4, 6)
+    assert whole.long_tailed(6).train_labels.bincount()[-1] == 1
+    with pytest.raises(data.TooFewImagesError, match=r"at most 6, .* got 6\.5"):
+        whole.long_tailed(6.5)
+
+
 # ---- packs ---------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"the examples need {package}")
 
 import cifar
+import classification
 import experiment
 import lfw
 import lsoftmax
@@ -110,6 +111,61 @@ def test_cifar(device, tmp_path, capsys):
         cifar.main([option for option in options if option != "--augment"])
 
 
+def test_error_of_rare_classes():
+    """Of their own images: two of class 1, one of which is taken for class 2."""
+    features = torch.eye(3)[[0, 0, 1, 2, 2]]
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    figures = [
+        classification.measure(features, torch.eye(3), labels, torch.tensor(rare).long())
+        for rare in ([1], [2], [1, 2], [])
+    ]
+    assert [row.get("rare_error") for row in figures] == pytest.approx([50, 0, 100 / 3, None])
+    assert all(row["test_error"] == pytest.approx(20) for row in figures)
+
+
+@pytest.mark.parametrize("balance", ["weights", "batches"])
+def test_long_tailed_cifar(device, tmp_path, balance, monkeypatch, capsys):
+    """Red if the options are not what is trained with and told, or if other classes are rare."""
+    rare = []
+    measure = classification.measure
+    monkeypatch.setattr(
+        classification, "measure", lambda *args: rare.append(args[3].tolist()) or measure(*args)
+    )
+    rng = np.random.default_rng(0)
+    labels = np.arange(10).repeat(25)
+    batches = {
+        name: (rng.integers(0, 256, (250, 3, 32, 32)).astype(np.uint8), labels)
+        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+    }
+    write_pickles(tmp_path / "cifar-10-batches-py", batches, 10)
+    output = tmp_path / "out"
+    options = ["--data", str(tmp_path), "--recipe", "small", "--epochs", "1", "--seeds", "1"]
+    options += ["--margins", "4", "--device", device, "--output", str(output), "--clip", "5"]
+    (row,) = cifar.main([*options, "--long-tail", "12.5", "--balance", balance])
+    settings = json.loads((output / "results.json").read_text())["settings"]
+    assert {key: settings[key] for key in ("clip", "balance", "long_tail", "train")} == {
+        "clip": 5.0,
+        "balance": balance,
+        "long_tail": 12.5,
+        "train": sum(int(125 * 12.5 ** (-c / 9)) for c in range(10)),
+    }
+    assert rare == [[7, 8, 9]]  # of 17, 13 and 10 images
+    assert 0 <= row["rare_error"] <= 100
+    assert "classes of fewer than 20 images" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cifar.main([*options, "--long-tail", "126"])
+    assert "expected a ratio of at most 125" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [("--clip", "0"), ("--long-tail", "0.5"), ("--balance", "none")], ids=str
+)
+def test_a_bad_option_is_named(option, capsys):
+    with pytest.raises(SystemExit):
+        cifar.main([*option])
+    assert f"argument {option[0]}" in capsys.readouterr().err
+
+
 def write_omniglot(folder: Path) -> None:
     """Ten characters, each with a shape of its own, of 20 drawings; pairs in two folds."""
     rng = np.random.default_rng(0)
@@ -183,7 +239,7 @@ def test_lfw(device, tmp_path, monkeypatch, capsys):
 
 
 def test_keep_of_the_authors_curve():
-    args = argparse.Namespace(epochs=None, keep=0.25)
+    args = argparse.Namespace(epochs=None, clip=None, balance=None, keep=0.25)
     schedule = experiment.chosen(cifar.PAPER[False], args).schedule(30_000)
     expected = lsoftmax.LambdaSchedule(1000.0, 2e-5, 45.0, keep=0.25)
     assert schedule.extra_repr() == expected.extra_repr()

@@ -1,0 +1,94 @@
+"""Classes of unequal size in the examples: weights, balanced batches, clipped gradients."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+for package in ("sklearn", "matplotlib", "tqdm"):
+    pytest.importorskip(package, reason=f"the examples need {package}")
+
+from sklearn.utils.class_weight import compute_class_weight
+
+import balance
+import experiment
+import sampled
+import training
+from test_training import SETTING
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def unequal() -> tuple[torch.Tensor, torch.Tensor]:
+    """400 images of four classes, which have 300, 60, 30 and 10."""
+    counts = torch.tensor([300, 60, 30, 10])
+    labels = torch.arange(4).repeat_interleave(counts)[torch.randperm(400)]
+    return torch.randint(0, 256, (400, 1, 8, 8), dtype=torch.uint8), labels
+
+
+def prepared(device: str, sample_rate: float = 1.0, **recipe) -> training.Training:
+    images, labels = (t.to(device) for t in unequal())
+    setting = replace(SETTING, recipe=replace(SETTING.recipe, **recipe))
+    return experiment.prepare(setting, images, labels, 4, 2, seed=3, sample_rate=sample_rate)
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+def test_class_weights(device, sample_rate):
+    """scikit-learn's "balanced". Red if the loss has none, or where classes are sampled."""
+    with sampled.group_of_one(torch.device(device)):
+        begun = prepared(device, sample_rate, balance=balance.WEIGHTS)
+        labels = begun.labels.cpu().numpy()
+        expected = compute_class_weight("balanced", classes=np.arange(4), y=labels)
+        assert begun.criterion.weight.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+        assert prepared(device, sample_rate).criterion.weight is None
+
+
+def test_balanced_batches(device):
+    """A quarter of the images is of each class, and an epoch is as long as ever. Red if images are
+    drawn as they are, or every epoch alike.
+    """
+    begun = prepared(device, balance=balance.BATCHES)
+    orders = [begun.order() for _ in range(20)]
+    assert all(len(order) == 400 for order in orders)
+    assert not torch.equal(orders[0], orders[1])
+    shares = begun.labels.cpu()[torch.cat(orders)].bincount(minlength=4) / 8000
+    assert (shares - 0.25).abs().max() < 0.03  # six standard deviations
+    every = prepared(device).order()
+    assert torch.equal(every.sort().values, torch.arange(400))
+
+
+def test_balanced_batches_go_on_to_the_same_bits(device, tmp_path):
+    """Red if what is drawn depends on anything that the checkpoint does not hold."""
+
+    def begun() -> training.Training:
+        torch.manual_seed(1)
+        return prepared(device, balance=balance.BATCHES, clip=1.0)
+
+    straight, killed, checkpoint = begun().run(), begun(), tmp_path / "run.pt"
+    for _ in range(2):
+        killed.run_epoch()
+    torch.save(killed.state_dict(), checkpoint)
+    assert begun().run(checkpoint=checkpoint).history == straight.history
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_clipped_gradients(device, clip):
+    """All gradients together. Red if the network's or the class vectors' are left out."""
+    begun = prepared(device, clip=clip)
+    norms: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
+
+    begun.optimizer.register_step_pre_hook(note)
+    begun.run_epoch()
+    assert len(norms) == 400 // 32
+    if clip is None:
+        assert max(norms) > 0.2
+    else:
+        assert norms == pytest.approx([clip] * len(norms), rel=1e-3)
