@@ -125,7 +125,8 @@ def check_matrices(input: Tensor, linear_weight: Tensor, target: Tensor) -> None
     check_features(input, linear_weight)
     check_dense("target", target)
     if target.dtype != torch.int64:
-        hint = " (soft labels: docs/faq.md)" if target.is_floating_point() else ""
+        floating = target.is_floating_point()
+        hint = " (soft labels: docs/faq.md)" if floating else ": pass target.long()"
         raise TypeError(f"target: expected int64 class indices, got {kind(target)}{hint}")
     if target.shape != input.shape[:-1]:
         raise ValueError(
