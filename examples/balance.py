@@ -1,11 +1,20 @@
-"""Classes of unequal size: the two usual remedies, weights of the loss and balanced batches."""
+"""Classes of unequal size: the usual remedies, weights of the loss and balanced batches.
+
+Weights may be deferred, as Cao et al. (NeurIPS 2019) do it: features are learned without them, and
+the last fifth of the epochs moves the classes.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-WEIGHTS, BATCHES = "weights", "batches"  # what --balance names
+WEIGHTS, DEFERRED, BATCHES = WAYS = "weights", "deferred", "batches"  # what --balance names
+
+
+def has_begun(balance: str | None, epoch: int, epochs: int) -> bool:
+    """Whether the loss has class weights in this epoch, counted from 0."""
+    return balance == WEIGHTS or (balance == DEFERRED and epoch >= 4 * epochs // 5)
 
 
 def inverse_counts(labels: Tensor, classes: int) -> Tensor:

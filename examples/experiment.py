@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import lsoftmax
-from balance import WEIGHTS, inverse_counts
+from balance import DEFERRED, WEIGHTS
 from extras import needed
 from files import write_json
 from sampled import sampled
@@ -167,8 +167,8 @@ def prepare(
     torch.manual_seed(seed)
     network = setting.network(images, setting.features).to(images.device)
     schedule = setting.schedule(setting.recipe.steps(len(labels)))
-    weighted = setting.recipe.balance == WEIGHTS
-    weight = inverse_counts(labels, classes) if weighted else None
+    weighted = setting.recipe.balance in (WEIGHTS, DEFERRED)
+    weight = torch.ones(classes, device=labels.device) if weighted else None
     criterion = lsoftmax.LSoftmaxLoss(
         setting.features, classes, margin, lam=schedule, weight=weight
     )

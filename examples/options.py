@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import lsoftmax
-from balance import BATCHES, WEIGHTS
+from balance import WAYS
 from lsoftmax.checks import check_margin
 from lsoftmax.sampling import check_sampling
 
@@ -95,7 +95,7 @@ def arguments_of(name: str, description: str, settings: Iterable[str]) -> argpar
     add("--seeds", type=positive, default=3, help="trainings a margin (%(default)s)")
     add("--epochs", type=positive, help="instead of the recipe's")
     add("--clip", type=norm_of, help="the norm that gradients are cut down to (no clipping)")
-    add("--balance", choices=(WEIGHTS, BATCHES), help="of classes of unequal size (none)")
+    add("--balance", choices=WAYS, help="of classes of unequal size (none)")
     add("--keep", type=keep_of, help="of lam's schedule, instead of the recipe's")
     add("--device", default=device, help="cpu, cuda, cuda:1 and so on (%(default)s)")
     add("--amp", action="store_true", help="autocast to bfloat16")

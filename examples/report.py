@@ -89,7 +89,11 @@ PARTS = {
 # of their results, and what they are called there.
 VARIANTS = {
     "keep": {"keep0.7": "*keep=0.7*"},
-    "balanced": {"weights": "*class weights*", "batches": "*balanced batches*"},
+    "balanced": {
+        "weights": "*class weights*",
+        "deferred": "*in the last fifth*",
+        "batches": "*balanced batches*",
+    },
     "sampled": {"sample0.5": "*half of the classes a step*", "sample0.2": "*a fifth*"},
 }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lsoftmax
-from balance import BATCHES, balanced_order
+from balance import BATCHES, balanced_order, has_begun, inverse_counts
 from files import save
 
 # In words: importing lsoftmax.distributed takes a second, which few trainings need.
@@ -108,6 +108,9 @@ class Training:
         device, batch_size = self.labels.device, self.recipe.batch
         self.network.train()
         self.criterion.train()
+        if has_begun(self.recipe.balance, len(self.history), self.recipe.epochs):
+            weight = self.criterion.weight
+            weight.copy_(inverse_counts(self.labels, len(weight)))
         count = len(self.labels) // batch_size * batch_size
         order = self.order()[:count].to(device)
         total = torch.zeros((), device=device)

@@ -37,14 +37,25 @@ def prepared(device: str, sample_rate: float = 1.0, **recipe) -> training.Traini
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
-def test_class_weights(device, sample_rate):
-    """scikit-learn's "balanced". Red if the loss has none, or where classes are sampled."""
+@pytest.mark.parametrize(
+    ("way", "begins"), [(balance.WEIGHTS, 0), (balance.DEFERRED, 4), (None, 5)], ids=str
+)
+def test_class_weights(device, way, begins, sample_rate):
+    """scikit-learn's "balanced", from the first epoch on or in the last of five. Red if the loss
+    has none, or at another time, or where classes are sampled.
+    """
     with sampled.group_of_one(torch.device(device)):
-        begun = prepared(device, sample_rate, balance=balance.WEIGHTS)
+        begun = prepared(device, sample_rate, epochs=5, balance=way)
         labels = begun.labels.cpu().numpy()
-        expected = compute_class_weight("balanced", classes=np.arange(4), y=labels)
-        assert begun.criterion.weight.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
-        assert prepared(device, sample_rate).criterion.weight is None
+        balanced = compute_class_weight("balanced", classes=np.arange(4), y=labels).tolist()
+        for epoch in range(5):
+            begun.run_epoch()
+            weight = begun.criterion.weight
+            if way is None:
+                assert weight is None
+            else:
+                expected = balanced if epoch >= begins else [1.0] * 4
+                assert weight.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_balanced_batches(device):
@@ -61,15 +72,19 @@ def test_balanced_batches(device):
     assert torch.equal(every.sort().values, torch.arange(400))
 
 
-def test_balanced_batches_go_on_to_the_same_bits(device, tmp_path):
-    """Red if what is drawn depends on anything that the checkpoint does not hold."""
+@pytest.mark.parametrize("way", [balance.BATCHES, balance.DEFERRED])
+@pytest.mark.parametrize("epochs", [2, 3, 4])
+def test_goes_on_to_the_same_bits(device, way, epochs, tmp_path):
+    """On either side of where the weights come in. Red if what is drawn or weighed depends on
+    anything that the checkpoint does not hold.
+    """
 
     def begun() -> training.Training:
         torch.manual_seed(1)
-        return prepared(device, balance=balance.BATCHES, clip=1.0)
+        return prepared(device, epochs=5, balance=way, clip=1.0)
 
     straight, killed, checkpoint = begun().run(), begun(), tmp_path / "run.pt"
-    for _ in range(2):
+    for _ in range(epochs):
         killed.run_epoch()
     torch.save(killed.state_dict(), checkpoint)
     assert begun().run(checkpoint=checkpoint).history == straight.history

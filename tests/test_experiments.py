@@ -123,7 +123,7 @@ def test_error_of_rare_classes():
     assert all(row["test_error"] == pytest.approx(20) for row in figures)
 
 
-@pytest.mark.parametrize("balance", ["weights", "batches"])
+@pytest.mark.parametrize("balance", ["weights", "deferred", "batches"])
 def test_long_tailed_cifar(device, tmp_path, balance, monkeypatch, capsys):
     """Red if the options are not what is trained with and told, or if other classes are rare."""
     rare = []
