@@ -40,12 +40,13 @@ class Setting:
     recipe: Recipe
     network: Callable[..., nn.Module]  # from the training images and the number of features
     features: int  # D
-    schedule: Callable[..., lsoftmax.LambdaSchedule]  # from the number of steps, and maybe `keep`
+    # From the number of steps, and maybe `keep` and `num_classes`.
+    schedule: Callable[..., lsoftmax.LambdaSchedule]
 
 
 def authors(gamma: float, power: float) -> Callable[..., lsoftmax.LambdaSchedule]:
     """The authors' annealing, which counts steps, however many there will be."""
-    return lambda steps, keep=None: lsoftmax.LambdaSchedule(1000.0, gamma, power, 0.0, keep=keep)
+    return lambda steps, **options: lsoftmax.LambdaSchedule(1000.0, gamma, power, 0.0, **options)
 
 
 def chosen(setting: Setting, args: argparse.Namespace) -> Setting:

@@ -92,7 +92,7 @@ VARIANTS = {
     "balanced": {
         "weights": "*class weights*",
         "deferred": "*in the last fifth*",
-        "batches": "*balanced batches*",
+        "deferred-by-class": "*and keep by class*",
     },
     "sampled": {"sample0.5": "*half of the classes a step*", "sample0.2": "*a fifth*"},
 }

@@ -134,7 +134,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         mesh = mesh_of(process_group, where)
         self.in_features, self.num_classes = in_features, num_classes
         self.linear = ClassShard(in_features, num_classes, mesh, where, dtype)
-        self._init_margin(margin, lam, where)
+        self._init_margin(margin, lam, where, None)  # a process has no other's class vectors
         self.register_buffer("weight", None if weight is None else weight.to(where))
         self.sampling = ClassSampling(sample_rate, seed, where) if sample_rate < 1 else None
         self._sizes_on_host = "cpu" in dist.get_backend_config(self.process_group)

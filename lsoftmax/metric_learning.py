@@ -90,7 +90,7 @@ class LargeMarginSoftmaxLoss(losses.LargeMarginSoftmaxLoss, _Annealed):  # type:
             )
         # A row of memory per class, which is what the loss reads and its gradient is.
         self.W = nn.Parameter(self.W.detach().t().contiguous().t())
-        self._init_margin(margin, lam, self.W.device)
+        self._init_margin(margin, lam, self.W.device, num_classes)
         self.memory_budget = budget
 
     def compute_loss(
@@ -120,7 +120,7 @@ class LargeMarginSoftmaxLoss(losses.LargeMarginSoftmaxLoss, _Annealed):  # type:
             memory_budget=self.memory_budget,
         )
         if trains:
-            self.schedule.end_step(lam, cosine, self.margin)
+            self._end_forward(lam, cosine, embeddings, class_vectors, labels)
         result = {
             "loss": {
                 "losses": each * miners.convert_to_weights(indices_tuple, labels, each.dtype),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, diagnostics, functional
+from .rows import NO_INDEX
 from .schedule import LambdaSchedule
 
 __all__ = ["LSoftmaxLinear", "LSoftmaxLoss"]
@@ -27,13 +28,21 @@ class _Annealed(nn.Module):
     schedule: LambdaSchedule
 
     def _init_margin(
-        self, margin: int, lam: LambdaSchedule | float | None, device: torch.device
+        self,
+        margin: int,
+        lam: LambdaSchedule | float | None,
+        device: torch.device,
+        num_classes: int | None,
     ) -> None:
+        """``num_classes``: that a schedule may count alike; None: none."""
         self.margin = checks.check_margin(margin)
         if lam is None:
             lam = default_schedule()
         elif not isinstance(lam, LambdaSchedule):
             lam = LambdaSchedule.constant(checks.check_number("lam", lam))
+        if lam.num_classes not in (None, num_classes):
+            counts = "a schedule without num_classes" if num_classes is None else num_classes
+            raise ValueError(f"lam.num_classes: expected {counts}, got {lam.num_classes}")
         lam.belong_to_layer()
         # One made under a meta device has no numbers to move: there it begins.
         self.schedule = (lam.to_empty if lam.lam.is_meta else lam.to)(device=device)
@@ -61,11 +70,26 @@ class _Annealed(nn.Module):
     def _begin_forward(self) -> tuple[Tensor, bool]:
         """lam for the forward that begins, and whether it is a training step.
 
-        If so, ``schedule.end_step`` is due once the loss is there: a forward that raised is none.
+        If so, ``_end_forward`` is due once the loss is there: a forward that raised is none.
         """
         schedule, trains = self.schedule, self._is_training()
         schedule.check_begun()
         return schedule.begin_step() if trains else schedule.lam, trains
+
+    def _end_forward(
+        self,
+        lam: Tensor,
+        cosine: Tensor,
+        input: Tensor,
+        class_vectors: Tensor,
+        target: Tensor,
+        ignore_index: int = NO_INDEX,
+    ) -> None:
+        """``schedule.end_step`` of a training forward, by the rows' ``cosine`` or the classes'."""
+        if self.schedule.num_classes is not None:
+            rows = input, class_vectors, target, ignore_index
+            cosine = self.schedule.take_in_classes(*rows)
+        self.schedule.end_step(lam, cosine, self.margin)
 
     def _is_training(self) -> bool:  # a step that runs again has been counted
         return self.training and torch.is_grad_enabled() and not checks.is_recomputed()
@@ -138,7 +162,7 @@ class LSoftmaxLoss(_Annealed):
         if weight is not None:
             checks.check_class_weight(weight, num_classes)
         self.linear = nn.Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
-        self._init_margin(margin, lam, self.linear.weight.device)
+        self._init_margin(margin, lam, self.linear.weight.device, num_classes)
         if weight is not None:
             weight = weight.to(self.linear.weight.device)
         self.register_buffer("weight", weight)
@@ -173,7 +197,8 @@ class LSoftmaxLoss(_Annealed):
             memory_budget=self.memory_budget,
         )
         if trains:
-            self.schedule.end_step(lam, cosine, self.margin)
+            rows = input, self.linear.weight, target, self.ignore_index
+            self._end_forward(lam, cosine, *rows)
         return loss
 
     def margin_stats(self, input: Tensor, target: Tensor) -> diagnostics.MarginStats:
@@ -236,7 +261,7 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
         out_features = checks.positive("out_features", out_features)
         checks.check_dtype(dtype)
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-        self._init_margin(margin, lam, self.weight.device)
+        self._init_margin(margin, lam, self.weight.device, out_features)
 
     def reset_parameters(self) -> None:
         """New class vectors, and annealing from its beginning."""
@@ -251,7 +276,7 @@ class LSoftmaxLinear(nn.Linear, _Annealed):
         lam, trains = self._begin_forward()
         logits, cosine = functional.logits_and_cosine(input, self.weight, target, self.margin, lam)
         if trains:
-            self.schedule.end_step(lam, cosine, self.margin)
+            self._end_forward(lam, cosine, input, self.weight, target)
         return logits
 
     def margin_stats(self, input: Tensor, target: Tensor) -> diagnostics.MarginStats:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import class_cosines
 from . import ops as ops  # defines what follows
 from .checks import (
     check_device,
@@ -66,6 +67,9 @@ class LambdaSchedule(ScheduleState):
         power: exponent, >= 0.
         minimum: lam never falls below it, >= 0.
         keep: in [0, 1), or None for the curve alone, as the authors trained.
+        num_classes: C of the layer, and ``keep`` goes by the mean and the deviation of the
+            classes, each of which counts alike, not of the rows: for a long tail of rare classes.
+            It takes two numbers a class.
         auto_step: let the layer advance the schedule by one on each training forward with gradients
             enabled and a target. With False, call :meth:`step` yourself, once a training step
             (gradient accumulation, say).
@@ -75,10 +79,13 @@ class LambdaSchedule(ScheduleState):
         lam: 0-dim float32 buffer, the current value.
         share: 0-dim float32 buffer, with ``keep`` the 1 / (1 + lam) that the angles so far allow,
             without it that of ``lam``.
+        class_cosines: (2, C) float32 buffer, with ``num_classes``: running means, over the batches
+            that a class is in, of its rows' cosines and their squares; -1 before the first.
 
     Raises:
         TypeError: a parameter is not a number.
-        ValueError: a parameter is negative or not finite in float32, or ``keep`` is not below 1.
+        ValueError: a parameter is negative or not finite in float32, ``keep`` is not below 1, or
+            there are ``num_classes`` and no ``keep``.
     """
 
     _has_layer = False
@@ -91,6 +98,7 @@ class LambdaSchedule(ScheduleState):
         minimum: float = 0.0,
         *,
         keep: float | None = None,
+        num_classes: int | None = None,
         auto_step: bool = True,
     ) -> None:
         super().__init__()
@@ -101,9 +109,14 @@ class LambdaSchedule(ScheduleState):
             keep = check_number("keep", keep)
             if keep >= 1:
                 raise ValueError(f"keep: expected in [0, 1), got {keep}")
+        if num_classes is not None:
+            num_classes = positive("num_classes", num_classes)
+            if keep is None:
+                raise ValueError("num_classes: expected a keep with it, which goes by the classes")
         self.base, self.gamma = float(base), float(gamma)
         self.power, self.minimum = float(power), float(minimum)
         self.keep = keep
+        self.num_classes = num_classes
         self.auto_step = auto_step
         self.begin()
 
@@ -119,6 +132,7 @@ class LambdaSchedule(ScheduleState):
         *,
         minimum: float = 0.5,
         keep: float | None = _KEEP,
+        num_classes: int | None = None,
         auto_step: bool = True,
     ) -> LambdaSchedule:
         """The schedule for a training of ``total_steps``: from 1000, where every margin is plain
@@ -131,7 +145,7 @@ class LambdaSchedule(ScheduleState):
             total_steps: training steps (of the optimizer, not epochs) of the whole run, >= 1. A
                 resumed run is given the same number again.
             minimum: lam at the end, in (0, 1000): smaller narrows the classes more.
-            keep, auto_step: as for :class:`LambdaSchedule`.
+            keep, num_classes, auto_step: as for :class:`LambdaSchedule`.
 
         Raises:
             TypeError: ``total_steps`` is no integer, or another argument no number.
@@ -144,11 +158,17 @@ class LambdaSchedule(ScheduleState):
             raise ValueError(f"minimum: expected in (0, {_BASE:g}), got {minimum}")
         annealed = _FRACTION * steps
         gamma = ((_BASE / minimum) ** (1 / _POWER) - 1) / annealed
-        return cls(_BASE, gamma, _POWER, minimum, keep=keep, auto_step=auto_step)
+        curve = _BASE, gamma, _POWER, minimum
+        return cls(*curve, keep=keep, num_classes=num_classes, auto_step=auto_step)
 
     @classmethod
     def by_angle(
-        cls, *, minimum: float = 0.5, keep: float = _KEEP, auto_step: bool = True
+        cls,
+        *,
+        minimum: float = 0.5,
+        keep: float = _KEEP,
+        num_classes: int | None = None,
+        auto_step: bool = True,
     ) -> LambdaSchedule:
         """The schedule that needs no number of steps: lam is what the measured angle allows.
 
@@ -156,7 +176,8 @@ class LambdaSchedule(ScheduleState):
         decides. Arguments and errors are those of :class:`LambdaSchedule`.
         """
         keep = check_number("keep", keep)  # without it there is no angle to go by
-        return cls(_BASE, 1.0, 2.0, minimum, keep=keep, auto_step=auto_step)
+        curve = _BASE, 1.0, 2.0, minimum
+        return cls(*curve, keep=keep, num_classes=num_classes, auto_step=auto_step)
 
     def belong_to_layer(self) -> None:
         """Called by a layer that is given this schedule. Warns where another has it already."""
@@ -219,6 +240,14 @@ class LambdaSchedule(ScheduleState):
             )
         return self.upcoming() if self.auto_step else self.lam
 
+    def take_in_classes(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int
+    ) -> Tensor:
+        """The batch into the running means of its classes, with ``num_classes``; the cosine for
+        :meth:`end_step`. Shapes and types are those of the layer that owns this schedule.
+        """
+        return class_cosines.take_in(self.class_cosines, input, linear_weight, target, ignore_index)
+
     def end_step(self, lam: Tensor, cosine: Tensor, margin: int) -> None:
         """:meth:`commit` (with ``auto_step``) and :meth:`observe` of a training forward, in one."""
         if not self.is_constant:
@@ -242,5 +271,7 @@ class LambdaSchedule(ScheduleState):
             return f"{self.value(0):g}"
         return (
             f"base={self.base:g}, gamma={self.gamma:g}, power={self.power:g}, "
-            f"minimum={self.minimum:g}" + ("" if self.keep is None else f", keep={self.keep:g}")
+            f"minimum={self.minimum:g}"
+            + ("" if self.keep is None else f", keep={self.keep:g}")
+            + ("" if self.num_classes is None else f", num_classes={self.num_classes}")
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import class_cosines
 from .checks import check_number, is_transformed
 
 
@@ -18,11 +19,13 @@ class ScheduleState(nn.Module):
     steps: Tensor
     lam: Tensor
     share: Tensor
+    class_cosines: Tensor  # with num_classes
     base: float
     gamma: float
     power: float
     minimum: float
     keep: float | None
+    num_classes: int | None
     _has_no_numbers = False  # since it was made on the meta device
 
     @property
@@ -44,11 +47,14 @@ class ScheduleState(nn.Module):
         """The buffers before the first step."""
         lam = self.value(0)
         share = 1 / (1 + lam) if self.keep is None else 0.0
-        return {
+        buffers = {
             "steps": torch.zeros((), dtype=torch.int64, device=device),
             "lam": torch.full((), lam, dtype=torch.float32, device=device),
             "share": torch.full((), share, dtype=torch.float32, device=device),
         }
+        if self.num_classes is not None:
+            buffers["class_cosines"] = class_cosines.beginning(self.num_classes, device)
+        return buffers
 
     def begin(self) -> None:
         """Make the buffers. A constant is configuration, not state: it is not saved, so that the
@@ -111,7 +117,7 @@ class ScheduleState(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         """Accepts a checkpoint without annealing, which changes none. And one of before there was a
-        ``share``: training goes on at its lam.
+        ``share``: training goes on at its lam. And one that did not count classes, which begins it.
         """
         state = {prefix + name: value for name, value in self.state_dict().items()}
         given = prefix + "lam" in state_dict
@@ -119,9 +125,14 @@ class ScheduleState(nn.Module):
             state_dict.update(state)
         elif given:
             state_dict.setdefault(prefix + "share", 1 / (1 + state_dict[prefix + "lam"]))
+            if self.num_classes is not None:
+                begun = class_cosines.beginning(self.num_classes, state_dict[prefix + "lam"].device)
+                state_dict.setdefault(prefix + "class_cosines", begun)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("assign_to_params_buffers"):  # into a layer made on the meta device
-            self.lam, self.share = self.lam.float(), self.share.float()  # from a 16-bit checkpoint
+            for name, number in self.named_buffers(recurse=False):
+                if number.is_floating_point():  # in a 16-bit checkpoint perhaps not float32
+                    setattr(self, name, number.float())
             where = torch.device("cpu") if self.lam.is_meta else self.lam.device
             for name, number in self.beginning(where).items():
                 if getattr(self, name).is_meta:  # not in the checkpoint

@@ -19,6 +19,10 @@ def held() -> LambdaSchedule:
     return LambdaSchedule(base=10.0, gamma=0.5, power=2.0, minimum=0.3, keep=0.6)
 
 
+def counted() -> LambdaSchedule:
+    return LambdaSchedule(base=10.0, gamma=0.5, power=2.0, minimum=0.3, keep=0.6, num_classes=5)
+
+
 def constant() -> LambdaSchedule:
     return LambdaSchedule.constant(0.5)
 

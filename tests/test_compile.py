@@ -71,6 +71,7 @@ def graphs() -> int:
     ("layer", "schedule"),
     [
         (LSoftmaxLoss, LambdaSchedule.by_angle()),
+        (LSoftmaxLoss, LambdaSchedule.by_angle(num_classes=10)),
         (LSoftmaxLinear, LambdaSchedule(1000.0, 0.12, 1.0, 5.0)),
     ],
 )
@@ -110,11 +111,12 @@ def test_a_checkpoint_within_the_graph() -> None:
     assert_same_training(model, compile_whole(model), twin, sizes=[5] * 3)
 
 
-def test_a_training_step_captured_whole(device: str, backend: str) -> None:
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_a_training_step_captured_whole(device: str, backend: str, num_classes: int | None) -> None:
     """Forward, backward, optimizer and annealing in one CUDA graph, replayed over an annealing."""
     if backend != "cuda":
         pytest.skip("needs a GPU")
-    model = Model(LambdaSchedule.by_angle()).to(device)
+    model = Model(LambdaSchedule.by_angle(num_classes=num_classes)).to(device)
     inputs = [torch.randn(32, 6).to(device) for _ in range(12)]
     data = [(features, model.nearest(features)) for features in inputs]
     x, y = (each.clone() for each in data[0])

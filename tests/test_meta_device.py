@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from annealed import LAYERS, batch, constant, curve, held, trained
+from annealed import LAYERS, batch, constant, counted, curve, held, trained
 from lsoftmax import LambdaSchedule, LSoftmaxLoss
 
 
@@ -17,7 +17,7 @@ def under_meta(schedule: LambdaSchedule | float) -> LSoftmaxLoss:
         return LSoftmaxLoss(6, 5, margin=3, lam=schedule)
 
 
-@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("schedule", [curve, held, counted, constant])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_loaded_by_assignment(layer: type, schedule) -> None:
     """A model made on the meta device takes the checkpoint's tensors as they are; what is in no
@@ -69,7 +69,7 @@ def assigned(head: nn.Module, state: dict[str, Tensor], junk: float = 77) -> nn.
     return head
 
 
-@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("schedule", [curve, held, counted, constant])
 @pytest.mark.parametrize("steps", [1, 40])
 def test_filled_by_assignment_of_attributes(schedule, steps: int) -> None:
     """A schedule that was in the checkpoint goes on; of a constant there is nothing to load."""
@@ -134,7 +134,7 @@ def moved_to_meta(schedule: LambdaSchedule | float) -> LSoftmaxLoss:
 
 
 @pytest.mark.parametrize("made", [under_meta, given_meta, moved_to_meta])
-@pytest.mark.parametrize("schedule", [curve, held])
+@pytest.mark.parametrize("schedule", [curve, held, counted])
 def test_junk_for_numbers_is_refused(made, schedule) -> None:
     """Where the layer is used, in training and out of it, until it is reset."""
     state = {"linear.weight": torch.randn(5, 6)}
@@ -151,7 +151,7 @@ def test_junk_for_numbers_is_refused(made, schedule) -> None:
         assert other.schedule.steps == int(training)
 
 
-@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("schedule", [curve, held, counted, constant])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_made_empty_and_reset(layer: type, schedule) -> None:
     """As sharded training does it: every module of its own numbers has reset_parameters()."""
@@ -178,7 +178,7 @@ def test_a_constant_needs_no_numbers(made) -> None:
     assert head.lam == 0.75
 
 
-@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("schedule", [curve, held, counted, constant])
 def test_made_empty_in_another_type(schedule) -> None:
     head = given_meta(schedule())
     head._apply(lambda t: torch.full_like(t, 7, device="cpu", dtype=torch.float16))
@@ -188,7 +188,7 @@ def test_made_empty_in_another_type(schedule) -> None:
         assert torch.equal(number, getattr(fresh, name))
 
 
-@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("schedule", [curve, held, counted, constant])
 def test_a_real_layer_made_empty_keeps_its_numbers(schedule, monkeypatch) -> None:
     """Red if lam is whatever was in the memory: torch fills it with NaN, asked to be repeatable."""
     head = trained(LSoftmaxLoss, schedule(), steps=3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from annealed import LAYERS, batch, constant, curve, held, trained
+from annealed import LAYERS, batch, constant, counted, curve, held, trained
 from lsoftmax import LSoftmaxLinear, LSoftmaxLoss
 
 
@@ -25,7 +25,7 @@ def saved(value: Any, **options: Any) -> Any:
 # ---- copies --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("schedule", [curve, held, counted, constant])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
     "copied",
@@ -48,7 +48,7 @@ def test_a_copy_goes_on_alike_and_apart(copied, layer: type, schedule) -> None:
     assert head.schedule.is_constant or other.schedule.steps == 5
 
 
-@pytest.mark.parametrize("schedule", [curve, held])
+@pytest.mark.parametrize("schedule", [curve, held, counted])
 def test_a_schedule_alone(schedule) -> None:
     one = schedule()
     one.step()
@@ -60,7 +60,7 @@ def test_a_schedule_alone(schedule) -> None:
         assert torch.equal(value, other.state_dict()[name])
 
 
-@pytest.mark.parametrize("schedule", [curve, held, constant])
+@pytest.mark.parametrize("schedule", [curve, held, counted, constant])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_file_of_tensors_alone(layer: type, schedule) -> None:
     """weights_only=True refuses whatever is no tensor."""
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_keep_goes_on_along_the_curve() -> None:
     assert other.schedule.upcoming() == pytest.approx(curve().value(4))
 
 
-@pytest.mark.parametrize("schedule", [curve, held])
+@pytest.mark.parametrize("schedule", [curve, held, counted])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_class_vectors_without_annealing_begin_it(layer: type, schedule) -> None:
     """However far the layer was: a full margin on others' class vectors would lose them."""

@@ -1,0 +1,192 @@
+"""Annealing that counts every class alike: the running means of the classes' cosines."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from annealed import counted, held
+from lsoftmax import LambdaSchedule, LSoftmaxLinear, LSoftmaxLoss, class_cosines
+
+C, D = 7, 5
+
+
+def rows(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, class vectors and targets, some classes rare and the last one absent."""
+    target = torch.tensor([50.0, 9, 9, 3, 1, 1]).multinomial(max(n, 1), True)[:n]
+    scale = 10 ** torch.randn(n, 1)
+    return (scale * torch.randn(n, D)).to(dtype), torch.randn(C, D).to(dtype), target
+
+
+class Means:
+    """The same in Python's floats, a row at a time."""
+
+    def __init__(self) -> None:
+        self.of_class: dict[int, tuple[float, float]] = {}
+
+    def take_in(self, x: Tensor, w: Tensor, target: Tensor, ignore_index: int = -100) -> float:
+        batch: dict[int, list[float]] = {}
+        for features, label in zip(x.double(), target.tolist(), strict=True):
+            if label != ignore_index:
+                vector = w[label].double()
+                size = float(features.norm() * vector.norm())
+                cosine = float(features @ vector) / size if size > 0 else 0.0
+                batch.setdefault(label, []).append(0.0 if math.isnan(cosine) else cosine)
+        for label, cosines in batch.items():
+            now = statistics.mean(cosines), statistics.mean(c * c for c in cosines)
+            old = self.of_class.get(label, now)
+            self.of_class[label] = tuple(0.7 * a + 0.3 * b for a, b in zip(old, now, strict=True))
+        if not batch:
+            return math.inf
+        mean, square = (statistics.mean(each) for each in zip(*self.of_class.values(), strict=True))
+        return mean - math.sqrt(square - mean * mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_running_means(device: str, dtype: torch.dtype) -> None:
+    """Red if rows count instead of classes, a class that has not come yet counts, or ignored rows
+    do; or if a zero or a NaN row does not count as 90 degrees.
+    """
+    expected, state = Means(), class_cosines.beginning(C, torch.device(device))
+    for n in (40, 0, 3, 1, 200):
+        x, w, target = rows(n, dtype)
+        target[::5] = -100
+        x[1:2] = 0.0
+        x[2:3] = math.nan
+        low = class_cosines.take_in(state, *(t.to(device) for t in (x, w, target)), -100)
+        assert float(low) == pytest.approx(expected.take_in(x, w, target), rel=1e-4, abs=1e-5)
+    assert state[:, -1].tolist() == [0, -1], "the absent class"
+    for label, moments in expected.of_class.items():
+        assert state[:, label].tolist() == pytest.approx(moments, rel=1e-4, abs=1e-5)
+
+
+def test_order_of_the_rows(device: str) -> None:
+    """Bit for bit. Red if sums are of floating-point numbers, in the order of atomics."""
+    x, w, target = (t.to(device) for t in rows(500))
+    states = [class_cosines.beginning(C, torch.device(device)) for _ in range(2)]
+    order = torch.randperm(500).to(device)
+    low = class_cosines.take_in(states[0], x, w, target)
+    assert torch.equal(low, class_cosines.take_in(states[1], x[order], w, target[order]))
+    assert torch.equal(*states)
+
+
+def head_of(layer: type, schedule: LambdaSchedule, **options) -> nn.Module:
+    return layer(D, C, margin=3, lam=schedule, **options)
+
+
+@pytest.mark.parametrize("layer", [LSoftmaxLoss, LSoftmaxLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_go_by_it(layer: type, dtype: torch.dtype) -> None:
+    """In training only; the loss of a step is what it was."""
+    head = head_of(layer, LambdaSchedule.by_angle(num_classes=C), dtype=dtype)
+    twin = LambdaSchedule.by_angle()
+    plain = head_of(layer, LambdaSchedule.by_angle(), dtype=dtype)
+    weight = getattr(head, "linear", head).weight
+    getattr(plain, "linear", plain).weight.data.copy_(weight)
+    expected = Means()
+    for step in range(4):
+        x, _, y = rows(20)
+        x = (F.normalize(weight.detach()[y].float(), dim=1) + 0.2 * x / x.norm()).to(dtype)
+        output = head(x, y)
+        if step == 0:
+            assert torch.equal(output, plain(x, y))
+        twin.observe(torch.tensor(expected.take_in(x, weight.detach(), y)), 3)
+        assert float(head.schedule.share) == pytest.approx(float(twin.share), rel=1e-3)
+        before = head.schedule.class_cosines.clone()
+        with torch.no_grad():
+            head(x, y)
+        assert torch.equal(head.schedule.class_cosines, before)
+    assert not head.schedule.class_cosines.requires_grad
+
+
+def test_one_feature() -> None:
+    head = head_of(LSoftmaxLoss, LambdaSchedule.by_angle(num_classes=C))
+    vector = head.linear.weight.detach()[2]
+    head(vector, torch.tensor(2))
+    assert head.schedule.class_cosines[:, 2].tolist() == pytest.approx([1, 1])
+
+
+def test_ignored_rows() -> None:
+    head = head_of(LSoftmaxLoss, LambdaSchedule.by_angle(num_classes=C), ignore_index=3)
+    x, _, y = rows(30)
+    head(x, torch.where(y == 3, 3, y % 3))
+    assert (head.schedule.class_cosines[1] >= 0).tolist() == [True] * 3 + [False] * 4
+    share = head.schedule.share.clone()
+    head(x, torch.full_like(y, 3))
+    head(x[:0], y[:0])
+    assert head.schedule.share == share, "no row says nothing of the angle"
+
+
+def test_a_rare_class_holds_lam_up() -> None:
+    """One row in a hundred is far from its class: that is one class of seven."""
+    heads = [
+        head_of(LSoftmaxLoss, LambdaSchedule.by_angle(num_classes=count)) for count in (None, C)
+    ]
+    heads[1].linear.load_state_dict(heads[0].linear.state_dict())
+    weight = heads[0].linear.weight.detach()
+    y = torch.arange(100) % (C - 1)
+    y[-1] = C - 1
+    x = weight[y]
+    x[-1] = -x[-1]
+    for head in heads:
+        for _ in range(100):
+            head(x, y)
+    rows_lam, classes_lam = (float(head.lam) for head in heads)
+    assert rows_lam < 0.5 * classes_lam
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_counted_no_classes_begins_to() -> None:
+    old, new = (LSoftmaxLoss(6, 5, margin=3, lam=schedule()) for schedule in (held, counted))
+    x, y = torch.randn(9, 6), torch.arange(9) % 5
+    for head in (old, new):
+        head(x, y)
+    fresh = counted().class_cosines
+    assert not torch.equal(new.schedule.class_cosines, fresh)
+    new.load_state_dict(old.state_dict())
+    assert torch.equal(new.schedule.class_cosines, fresh)
+    assert new.schedule.steps == 1
+    assert torch.equal(new.schedule.share, old.schedule.share)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*schedule\.class_cosines"):
+        old.load_state_dict(new.state_dict())
+
+
+def test_types_and_reset() -> None:
+    head = LSoftmaxLoss(6, 5, margin=3, lam=counted())
+    head(torch.randn(9, 6), torch.arange(9) % 5)
+    before = head.schedule.class_cosines.clone()
+    head.half().double()
+    assert torch.equal(head.schedule.class_cosines, before)
+    other = copy.deepcopy(head)
+    other.schedule.reset_parameters()
+    assert torch.equal(other.schedule.class_cosines, counted().class_cosines)
+    assert torch.equal(head.schedule.class_cosines, before)
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="num_classes: expected a keep"):
+        LambdaSchedule(1000.0, 0.1, 2.0, num_classes=5)
+    with pytest.raises(ValueError, match="num_classes: expected a keep"):
+        LambdaSchedule.for_steps(100, keep=None, num_classes=5)
+    for wrong, error in ((0, ValueError), (2.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="num_classes: expected an integer >= 1"):
+            LambdaSchedule.by_angle(num_classes=wrong)
+    for layer in (LSoftmaxLoss, LSoftmaxLinear):
+        with pytest.raises(ValueError, match=r"lam\.num_classes: expected 7, got 5"):
+            head_of(layer, counted())
+
+
+def test_words() -> None:
+    assert "keep=0.6, num_classes=5" in repr(counted())
+    assert "num_classes" not in repr(held())
