@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .rows import NO_INDEX
-
 _MEMORY = 0.7  # of a class's running means, over the batches that it is in
 _ONE = 2.0**40  # a cosine of 1 as an integer: sums of integers have one result in any order
 
@@ -26,41 +24,51 @@ def beginning(num_classes: int, device: torch.device | None) -> Tensor:
 
 
 @torch.no_grad()
-def take_in(
-    classes: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    ignore_index: int = NO_INDEX,
-) -> Tensor:
+def of_rows(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """(N,) float32: the cosine of each row and its class vector, inf in the ignored rows.
+
+    Args:
+        input: (N, D) or (D,).
+        linear_weight: (C, D).
+        target: (N,) or (), int64.
+        ignore_index: of rows that do not count.
+    """
+    label = target.reshape(-1)
+    kept = label != ignore_index
+    own = linear_weight[torch.where(kept, label, 0)].float()
+    cosines = F.cosine_similarity(input.reshape(own.shape).float(), own, dim=1)
+    return torch.where(kept, cosines, math.inf)
+
+
+@torch.no_grad()
+def take_in(classes: Tensor, cosines: Tensor, target: Tensor) -> Tensor:
     """Take a batch into the running means of its classes, in place; what they say then.
 
     Args:
         classes: (2, C) float32, see :func:`beginning`.
-        input: (N, D) or (D,).
-        linear_weight: (C, D).
-        target: (N,) or (), int64; rows of ``ignore_index`` do not count.
+        cosines: (N,), see :func:`of_rows`; NaN counts as 0.
+        target: (N,) or (), int64; it may be anything where the cosine is inf.
 
     Returns:
         The mean over classes less one standard deviation, as ``rows.low_cosine`` is of rows: a
         0-dim float32 tensor, inf where the batch has no row.
     """
-    num_classes = classes.shape[1]
-    label = target.reshape(-1)
-    kept = label != ignore_index
-    label = torch.where(kept, label, 0)
-    x = input.reshape(-1, linear_weight.shape[1]).float()
-    cosine = F.cosine_similarity(x, linear_weight[label].float(), dim=1)
-    cosine = torch.where(kept, cosine, 0.0).nan_to_num(0.0)
+    kept = cosines != math.inf
+    label = torch.where(kept, target.reshape(-1), 0)
+    cosines = torch.where(kept, cosines, 0.0).nan_to_num(0.0)
+    moments = torch.stack([kept.to(cosines.dtype), cosines, cosines * cosines])
+    exact = (moments.double() * _ONE).round().long()
+    sums = label.new_zeros(3, classes.shape[1]).index_add_(1, label, exact)
 
-    moments = (torch.stack([cosine, cosine * cosine]).double() * _ONE).round().long()
-    counts = label.new_zeros(num_classes).index_add_(0, label, kept.long())
-    sums = label.new_zeros(2, num_classes).index_add_(1, label, moments)
-    means = (sums.double() / (_ONE * counts.clamp(min=1))).float()
-    rate = torch.where(classes[1] < 0, 1.0, 1 - _MEMORY)  # the first batch is all there is
-    classes.copy_(torch.where(counts > 0, classes + rate * (means - classes), classes))
+    # Of each row's class, so that no more is as long as there are classes.
+    count, *totals = sums[:, label].double()
+    means = (torch.stack(totals) / count).float()
+    old = classes[:, label]
+    rate = torch.where(old[1] < 0, 1.0, 1 - _MEMORY)  # the first batch is all there is
+    new = torch.where(count > 0, old + rate * (means - old), old)
+    classes.index_copy_(1, label, new)  # the same number from every row of a class
 
-    known = classes[1] >= 0
-    mean, square = torch.where(known, classes, 0.0).sum(1) / known.sum()
+    known = (classes[1] >= 0).sum()
+    mean, square = classes[0].sum() / known, classes[1].clamp(min=0).sum() / known
     low = mean - (square - mean * mean).abs().sqrt()
     return torch.where(kept.any(), low, math.inf)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .autograd import once
 from .margin import accumulate_type, namespace, vector
 from .panels import RowSums
-from .rows import NONE, low_cosine, reduce, row_terms, saved_rows, valid_targets
+from .rows import NONE, reduce, row_terms, saved_rows, valid_targets
 
 # Named anew in torch 2.13, which warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -83,7 +83,7 @@ class Options(NamedTuple):
     save: bool  # for backward
     need_input: bool  # whether dX is wanted, by any process
     input_factor: float  # of dX
-    measure: bool  # the low cosine
+    measure: bool  # the cosines of the rows
 
 
 def loss(
@@ -108,8 +108,8 @@ def loss(
 
     Returns:
         The loss: scalar, or of all N rows without a reduction; a process's gradient may then be 0
-        but for its own rows, for they are added up. And the low cosine between features and their
-        class vectors, 0-dim, inf without any kept row, 0 unless it is measured.
+        but for its own rows, for they are added up. And, where they are measured, the cosines of
+        all N rows to their class vectors, float64, inf of rows that do not count; else of none.
     """
     return _Loss.apply(input, linear_weight, targets, lam, weight, smoothing, options)
 
@@ -135,7 +135,7 @@ class _Loss(torch.autograd.Function):
         del own
         e, sums, cosines = _shard_sums(x, linear_weight, here, lam, smoothing, options)
         own_reference = sums[0]
-        margins, totals, cosine = _all_reduce(sums, here, cosines, options)
+        margins, totals, cosines = _all_reduce(sums, here, cosines, options)
         terms = row_terms(
             margins, totals, labels, options.num_classes, weight, options.label_smoothing
         )
@@ -148,8 +148,8 @@ class _Loss(torch.autograd.Function):
             saved = (x, here, smoothing, e, rows, divisor, kept)
             ctx.save_for_backward(input, linear_weight, *saved)
             ctx.options = options
-        ctx.mark_non_differentiable(cosine)
-        return loss, cosine
+        ctx.mark_non_differentiable(cosines)
+        return loss, cosines
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -243,7 +243,7 @@ def _shard_sums(
 def _all_reduce(
     sums: Tensor, here: Tensor, cosines: Tensor, options: Options
 ) -> tuple[tuple[Any, ...], RowSums, Tensor]:
-    """The margin and the sums of each row over all shards; and the low cosine, 0-dim.
+    """The margin and the sums of each row over all shards; and the cosines, if measured.
 
     A target that no shard has makes its row's loss NaN: one outside [0, C) where nobody looks, on
     a GPU.
@@ -263,7 +263,5 @@ def _all_reduce(
     totals.reference, totals.others = vector(reference), vector(others)
     if totals.weighted is not None:
         totals.weighted = vector(weighted)
-    cosine = claims.new_zeros(())
-    if measured:
-        cosine = low_cosine(measured[0], claims > 0)
-    return (vector(f), vector(alpha), vector(beta), vector(gamma)), totals, cosine
+    cosines = torch.where(claims > 0, measured[0], torch.inf) if measured else claims[:0]
+    return (vector(f), vector(alpha), vector(beta), vector(gamma)), totals, cosines

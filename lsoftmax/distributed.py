@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +20,7 @@ from .diagnostics import MarginStats, wide
 from .margin import accumulate_type
 from .modules import _Annealed
 from .plan import choose
+from .rows import low_cosine
 from .sampling import ClassSampling, check_sampling
 from .schedule import LambdaSchedule
 
@@ -134,7 +137,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         mesh = mesh_of(process_group, where)
         self.in_features, self.num_classes = in_features, num_classes
         self.linear = ClassShard(in_features, num_classes, mesh, where, dtype)
-        self._init_margin(margin, lam, where, None)  # a process has no other's class vectors
+        self._init_margin(margin, lam, where, num_classes)
         self.register_buffer("weight", None if weight is None else weight.to(where))
         self.sampling = ClassSampling(sample_rate, seed, where) if sample_rate < 1 else None
         self._sizes_on_host = "cpu" in dist.get_backend_config(self.process_group)
@@ -197,9 +200,13 @@ class ClassParallelLSoftmaxLoss(_Annealed):
             input_factor=float(group.size()) if self.averaged else 1.0,
             measure=trains and self.schedule.keep is not None,
         )
-        loss, cosine = class_parallel.loss(x, w, targets, lam, weight, smoothing, options)
+        loss, cosines = class_parallel.loss(x, w, targets, lam, weight, smoothing, options)
         if trains:  # not before the loss was computed: a forward that raised is no training step
-            self.schedule.end_step(lam, cosine.float(), self.margin)
+            if self.schedule.num_classes is None:
+                cosine = low_cosine(cosines, cosines != math.inf)
+            else:
+                cosine = self.schedule.take_in_classes(cosines, targets.labels)
+            self.schedule.end_step(lam, cosine, self.margin)
             if self.sampling is not None:
                 self.sampling.advance()
         if self.reduction == "none":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, diagnostics, functional
+from . import checks, class_cosines, diagnostics, functional
 from .rows import NO_INDEX
 from .schedule import LambdaSchedule
 
@@ -32,17 +32,15 @@ class _Annealed(nn.Module):
         margin: int,
         lam: LambdaSchedule | float | None,
         device: torch.device,
-        num_classes: int | None,
+        num_classes: int,
     ) -> None:
-        """``num_classes``: that a schedule may count alike; None: none."""
         self.margin = checks.check_margin(margin)
         if lam is None:
             lam = default_schedule()
         elif not isinstance(lam, LambdaSchedule):
             lam = LambdaSchedule.constant(checks.check_number("lam", lam))
         if lam.num_classes not in (None, num_classes):
-            counts = "a schedule without num_classes" if num_classes is None else num_classes
-            raise ValueError(f"lam.num_classes: expected {counts}, got {lam.num_classes}")
+            raise ValueError(f"lam.num_classes: expected {num_classes}, got {lam.num_classes}")
         lam.belong_to_layer()
         # One made under a meta device has no numbers to move: there it begins.
         self.schedule = (lam.to_empty if lam.lam.is_meta else lam.to)(device=device)
@@ -87,8 +85,8 @@ class _Annealed(nn.Module):
     ) -> None:
         """``schedule.end_step`` of a training forward, by the rows' ``cosine`` or the classes'."""
         if self.schedule.num_classes is not None:
-            rows = input, class_vectors, target, ignore_index
-            cosine = self.schedule.take_in_classes(*rows)
+            rows = class_cosines.of_rows(input, class_vectors, target, ignore_index)
+            cosine = self.schedule.take_in_classes(rows, target)
         self.schedule.end_step(lam, cosine, self.margin)
 
     def _is_training(self) -> bool:  # a step that runs again has been counted

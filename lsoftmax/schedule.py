@@ -69,7 +69,7 @@ class LambdaSchedule(ScheduleState):
         keep: in [0, 1), or None for the curve alone, as the authors trained.
         num_classes: C of the layer, and ``keep`` goes by the mean and the deviation of the
             classes, each of which counts alike, not of the rows: for a long tail of rare classes.
-            It takes two numbers a class.
+            It takes two numbers a class, on every process where classes are spread.
         auto_step: let the layer advance the schedule by one on each training forward with gradients
             enabled and a target. With False, call :meth:`step` yourself, once a training step
             (gradient accumulation, say).
@@ -240,13 +240,11 @@ class LambdaSchedule(ScheduleState):
             )
         return self.upcoming() if self.auto_step else self.lam
 
-    def take_in_classes(
-        self, input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int
-    ) -> Tensor:
-        """The batch into the running means of its classes, with ``num_classes``; the cosine for
-        :meth:`end_step`. Shapes and types are those of the layer that owns this schedule.
+    def take_in_classes(self, cosines: Tensor, target: Tensor) -> Tensor:
+        """The rows of a batch into the running means of their classes, with ``num_classes``, as
+        ``class_cosines.take_in`` does; the cosine for :meth:`end_step`.
         """
-        return class_cosines.take_in(self.class_cosines, input, linear_weight, target, ignore_index)
+        return class_cosines.take_in(self.class_cosines, cosines, target)
 
     def end_step(self, lam: Tensor, cosine: Tensor, margin: int) -> None:
         """:meth:`commit` (with ``auto_step``) and :meth:`observe` of a training forward, in one."""

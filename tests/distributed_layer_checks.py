@@ -99,6 +99,30 @@ def stats(world: World) -> None:
         lsoftmax.margin_stats(x, head.linear.weight, y)
 
 
+def counted_classes(world: World) -> None:
+    """Every process counts all rows, as one process with all of them does: in chunks of classes,
+    with a sample of the classes, and a process without rows. Red if a row counts on one process
+    alone or ignored rows do.
+    """
+    many = 10 * world.size + 1
+    for options in ({}, {"memory_budget": 1}, {"sample_rate": 0.5}):
+        schedules = [lsoftmax.LambdaSchedule.by_angle(num_classes=many) for _ in range(2)]
+        head = ClassParallelLSoftmaxLoss(D, many, 3, lam=schedules[0], **options)
+        twin = plain_twin(head, lam=schedules[1])
+        for _ in range(3):
+            n = sum(world.sizes)
+            y = torch.where(torch.rand(n) < 0.5, 0, torch.randint(many, (n,)))
+            x = twin.linear.weight.detach()[y] + 0.1 * torch.randn(n, D)
+            y[0], x[0] = -100, torch.nan
+            head(x[world.rows], y[world.rows])
+            twin(x, y)
+        ours, theirs = head.schedule, twin.schedule
+        assert_close(ours.class_cosines, theirs.class_cosines, "cosines of the classes", 1e-5)
+        assert_close(ours.share, theirs.share, "share", 1e-3)
+        assert theirs.share > 0
+        assert all(map(same_everywhere, ours.buffers()))
+
+
 def lam_of_groups(world: World) -> None:
     """On a mesh each group of classes follows the angle of its own batches, and lam drifts apart,
     until the buffers are sent as the documentation says.

@@ -48,6 +48,12 @@ class Means:
         return mean - math.sqrt(square - mean * mean)
 
 
+def taken_in(state: Tensor, *batch: Tensor) -> Tensor:
+    x, w, target = (tensor.to(state.device) for tensor in batch)
+    cosines = class_cosines.of_rows(x, w, target, -100)
+    return class_cosines.take_in(state, cosines, target)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_running_means(device: str, dtype: torch.dtype) -> None:
     """Red if rows count instead of classes, a class that has not come yet counts, or ignored rows
@@ -59,8 +65,8 @@ def test_running_means(device: str, dtype: torch.dtype) -> None:
         target[::5] = -100
         x[1:2] = 0.0
         x[2:3] = math.nan
-        low = class_cosines.take_in(state, *(t.to(device) for t in (x, w, target)), -100)
-        assert float(low) == pytest.approx(expected.take_in(x, w, target), rel=1e-4, abs=1e-5)
+        low = float(taken_in(state, x, w, target))
+        assert low == pytest.approx(expected.take_in(x, w, target), rel=1e-4, abs=1e-5)
     assert state[:, -1].tolist() == [0, -1], "the absent class"
     for label, moments in expected.of_class.items():
         assert state[:, label].tolist() == pytest.approx(moments, rel=1e-4, abs=1e-5)
@@ -68,11 +74,11 @@ def test_running_means(device: str, dtype: torch.dtype) -> None:
 
 def test_order_of_the_rows(device: str) -> None:
     """Bit for bit. Red if sums are of floating-point numbers, in the order of atomics."""
-    x, w, target = (t.to(device) for t in rows(500))
+    x, w, target = rows(500)
     states = [class_cosines.beginning(C, torch.device(device)) for _ in range(2)]
-    order = torch.randperm(500).to(device)
-    low = class_cosines.take_in(states[0], x, w, target)
-    assert torch.equal(low, class_cosines.take_in(states[1], x[order], w, target[order]))
+    order = torch.randperm(500)
+    low = taken_in(states[0], x, w, target)
+    assert torch.equal(low, taken_in(states[1], x[order], w, target[order]))
     assert torch.equal(*states)
 
 

@@ -41,6 +41,7 @@ CHECKS = {
         "distributed_traffic_checks:volume",
         "distributed_traffic_checks:dx_travels_meanwhile",
         "distributed_layer_checks:annealed",
+        "distributed_layer_checks:counted_classes",
         "distributed_traffic_checks:features_once",
         "distributed_traffic_checks:sample_is_cast",
         "distributed_checks:no_rows",
@@ -52,6 +53,7 @@ CHECKS = {
         "distributed_training_checks:data_parallel",
         "distributed_training_checks:sampled",
         "distributed_state_checks:whole_state_dicts",
+        "distributed_layer_checks:counted_classes",
         "distributed_layer_checks:stats",
         "distributed_traffic_checks:frozen_backbone",
         "distributed_traffic_checks:frozen_classes",
@@ -161,7 +163,7 @@ def test_a_single_class_is_certain_without_a_word() -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_checkpoints_go_between_worlds(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Saved by 3 processes, by 2, by one that knows of no others, by 4: each goes on from the last,
-    momentum and annealing too, as one process does that was never interrupted.
+    momentum and annealing by class too, as one process does that was never interrupted.
     """
 
     def go_on(size: int) -> None:
@@ -182,9 +184,11 @@ def test_checkpoints_go_between_worlds(tmp_path: Path, request: pytest.FixtureRe
     truth, optimizer = states.training_of(1, plain=True)
     for _ in range(4):
         states.step(truth, optimizer, *states.fixed_batch())
-    assert_close(head.linear.weight, truth.linear.weight, "weight")
+    assert_close(head.linear.weight, truth.linear.weight, "weight", 1e-6)
     assert head.schedule.steps == 4
-    assert torch.equal(head.lam, truth.lam)
+    for name, number in head.schedule.named_buffers():
+        assert_close(number, getattr(truth.schedule, name), name, 1e-5)
+    assert head.schedule.share > 0
 
 
 @pytest.mark.parametrize("failure", ["dies", "raises", "hangs"])
