@@ -188,7 +188,7 @@ def unequal_tables(results: Results) -> str:
         return spread(runs, "error") + (f" ({lost:.1f})" if lost else "")
 
     tables = []
-    ways = ("as they are", "class weights", "balanced batches")
+    ways = ("as they are", "class weights", "in the last fifth", "balanced batches")
     for task, words in zip(UNEQUAL, ways, strict=True):
         rows = [[name, *(entry(task, name, *column) for column in across)] for name in ANNEALINGS]
         tables.append(table([f"{words}: error, %", *heads], rows))

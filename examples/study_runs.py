@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lsoftmax
-from balance import balanced_order, inverse_counts
+from balance import BATCHES, balanced_order, has_begun, inverse_counts
 from data import Labelled
 from extras import needed
 from lsoftmax import LambdaSchedule
@@ -41,6 +41,7 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
     diverged: list[int | None] = [None] * len(cells)
     for step in tqdm(range(steps), desc=f"{runs.name}, {len(cells)} runs", leave=False):
         if step % batches == 0:
+            runs.weighted = has_begun(task.balance, step // batches, task.epochs)
             order = torch.stack([drawn(split.train_labels, task, order) for order in orders])
         batch = order[:, step % batches * task.batch :][:, : task.batch]
         labels = split.train_labels[batch]
@@ -56,7 +57,7 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
         for run, finite in enumerate(losses.isfinite().tolist()):
             if not finite and diverged[run] is None:
                 diverged[run] = step
-        runs.step(losses, cosines.mean(1) - cosines.std(1, unbiased=False))
+        runs.step(losses, cosines, labels)
 
     figures = measured(runs, split)
     seconds = rounded((time.perf_counter() - start) / len(cells))
@@ -70,7 +71,7 @@ def train(cells: Sequence[Cell], split: Labelled) -> list[dict[str, Any]]:
 
 def drawn(labels: Tensor, task: Task, generator: torch.Generator) -> Tensor:
     """The images of an epoch, in order."""
-    if task.balanced:
+    if task.balance == BATCHES:
         return balanced_order(labels, generator)
     return torch.randperm(len(labels), generator=generator)
 
@@ -82,13 +83,14 @@ class Runs:
         first, self.margins = cells[0], [cell.margin for cell in cells]
         task, classes = TASKS[first.task], split.classes
         self.clip = task.clip
-        self.class_weight = inverse_counts(split.train_labels, classes) if task.weighted else None
+        self.class_weight = inverse_counts(split.train_labels, classes)
+        self.weighted = False  # whether the loss has these weights now
         self.name, self.dtype = " ".join(first.group), getattr(torch, first.dtype)
         networks, classifiers = zip(*(build(cell, classes) for cell in cells), strict=True)
         self.network = networks[0]  # what it computes; parameters come from the stacks
         self.parameters, self.buffers = torch.func.stack_module_state(list(networks))
         self.weight = torch.stack([c.weight.detach() for c in classifiers]).requires_grad_()
-        self.schedules = [as_schedule(ANNEALINGS[cell.annealing](steps)) for cell in cells]
+        self.schedules = [as_schedule(ANNEALINGS[cell.annealing](steps, classes)) for cell in cells]
         parameters = [*self.parameters.values(), self.weight]
         if first.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -116,11 +118,9 @@ class Runs:
 
     def losses(self, features: Tensor, labels: Tensor) -> Tensor:
         """(R,). Cells come sorted by margin."""
-        parts = []
+        parts, weight = [], self.class_weight if self.weighted else None
         for margin in dict.fromkeys(self.margins):
-            loss = functools.partial(
-                lsoftmax.reference.lsoftmax_loss, margin=margin, weight=self.class_weight
-            )
+            loss = functools.partial(lsoftmax.reference.lsoftmax_loss, margin=margin, weight=weight)
             own = [run for run, m in enumerate(self.margins) if m == margin]
             part = slice(own[0], own[-1] + 1)
             each = torch.vmap(lambda x, w, y, lam, loss=loss: loss(x, w, y, lam=lam))
@@ -136,18 +136,20 @@ class Runs:
         cosines = F.cosine_similarity(features, own, dim=2)
         return cosines, features.norm(dim=2), self.weight.norm(dim=2)
 
-    def step(self, losses: Tensor, cosines: Tensor) -> None:
+    def step(self, losses: Tensor, cosines: Tensor, labels: Tensor) -> None:
         """Update all runs; their losses have no parameter in common."""
+        low = cosines.mean(1) - cosines.std(1, unbiased=False)
         self.optimizer.zero_grad()
         losses.sum().backward()
         if self.clip is not None:
             self.clip_gradients(self.clip)
         self.optimizer.step()
         self.rates.step()
-        for schedule, margin, lam, cosine in zip(
-            self.schedules, self.margins, self.lam, cosines, strict=True
-        ):
-            schedule.commit(lam)
+        for run, (schedule, margin) in enumerate(zip(self.schedules, self.margins, strict=True)):
+            cosine = low[run]
+            if schedule.num_classes is not None:
+                cosine = schedule.take_in_classes(cosines[run], labels[run])
+            schedule.commit(self.lam[run])
             schedule.observe(cosine, margin)
         self.lam = self.upcoming()
 

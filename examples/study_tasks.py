@@ -14,13 +14,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import digits
+from balance import BATCHES, DEFERRED, WEIGHTS
 from data import Labelled, MissingDataError, mnist
 from lsoftmax import LambdaSchedule
 from networks import ACTIVATIONS, connected, initialised
 
+for_steps, by_angle = LambdaSchedule.for_steps, LambdaSchedule.by_angle
 CLIPS = (5, 1)
-# Tasks of classes of unequal size: as they are, and the two usual remedies.
-UNEQUAL = ("digits-unequal", "digits-unequal-weighted", "digits-unequal-balanced")
+# Tasks of classes of unequal size: as they are, and the usual remedies.
+UNEQUAL = {
+    "digits-unequal": None,
+    "digits-unequal-weighted": WEIGHTS,
+    "digits-unequal-deferred": DEFERRED,
+    "digits-unequal-balanced": BATCHES,
+}
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,7 @@ class Task:
     batch: int
     epochs: int
     clip: int | None = None  # the norm that the gradient of a training is cut down to
-    weighted: bool = False  # the loss: classes by the inverse of their images in training
-    balanced: bool = False  # the batches: images drawn with these weights, and put back
+    balance: str | None = None  # one of balance.WAYS
 
 
 @dataclass(frozen=True)
@@ -61,23 +67,25 @@ class Cell:
         return self.task, f"{self.optimizer} {self.lr}", self.activation, self.dtype
 
 
-# By name: a schedule, or a constant, for a number of training steps.
-ANNEALINGS: dict[str, Callable[[int], LambdaSchedule | float]] = {
-    "softmax": lambda steps: 0.0,  # for m = 1
-    "none": lambda steps: 0.0,
-    "constant 1": lambda steps: 1.0,
-    "constant 5": lambda steps: 5.0,
-    "authors": lambda steps: LambdaSchedule(1000.0, 2.5e-5, 35.0),
-    "SphereFace": lambda steps: LambdaSchedule(1000.0, 0.12, 1.0, 5.0),
+# By name: a schedule, or a constant, for a number of training steps and of classes.
+ANNEALINGS: dict[str, Callable[[int, int], LambdaSchedule | float]] = {
+    "softmax": lambda steps, classes: 0.0,  # for m = 1
+    "none": lambda steps, classes: 0.0,
+    "constant 1": lambda steps, classes: 1.0,
+    "constant 5": lambda steps, classes: 5.0,
+    "authors": lambda steps, classes: LambdaSchedule(1000.0, 2.5e-5, 35.0),
+    "SphereFace": lambda steps, classes: LambdaSchedule(1000.0, 0.12, 1.0, 5.0),
     # 100 * 0.99^t: Caffe's rule comes as near as one likes
-    "0.99^t": lambda steps: LambdaSchedule(100.0, 1e-8, -math.log(0.99) / 1e-8),
-    "for_steps, keep=None": lambda steps: LambdaSchedule.for_steps(steps, keep=None),
-    "for_steps, keep=0.6": lambda steps: LambdaSchedule.for_steps(steps, keep=0.6),
-    "for_steps, keep=0.7": lambda steps: LambdaSchedule.for_steps(steps, keep=0.7),
-    "by_angle, keep=0.7": lambda steps: LambdaSchedule.by_angle(keep=0.7),
-    "for_steps, minimum=5": lambda steps: LambdaSchedule.for_steps(steps, minimum=5.0),
-    "for_steps": LambdaSchedule.for_steps,
-    "by_angle": lambda steps: LambdaSchedule.by_angle(),
+    "0.99^t": lambda steps, classes: LambdaSchedule(100.0, 1e-8, -math.log(0.99) / 1e-8),
+    "for_steps, keep=None": lambda steps, classes: for_steps(steps, keep=None),
+    "for_steps, keep=0.6": lambda steps, classes: for_steps(steps, keep=0.6),
+    "for_steps, keep=0.7": lambda steps, classes: for_steps(steps, keep=0.7),
+    "by_angle, keep=0.7": lambda steps, classes: by_angle(keep=0.7),
+    "for_steps, minimum=5": lambda steps, classes: for_steps(steps, minimum=5.0),
+    "for_steps, num_classes=C": lambda steps, classes: for_steps(steps, num_classes=classes),
+    "by_angle, num_classes=C": lambda steps, classes: by_angle(num_classes=classes),
+    "for_steps": lambda steps, classes: for_steps(steps),
+    "by_angle": lambda steps, classes: by_angle(),
 }
 
 
@@ -160,8 +168,8 @@ TASKS = {
     "omniglot-long": Task(load_omniglot, perceptron(225, 128, 64), 64, batch=64, epochs=75),
     "digits-plain": Task(load_digits, plain, 128, batch=64, epochs=100),
 }
-TASKS["digits-unequal-weighted"] = replace(TASKS["digits-unequal"], weighted=True)
-TASKS["digits-unequal-balanced"] = replace(TASKS["digits-unequal"], balanced=True)
+for name, balance in UNEQUAL.items():
+    TASKS[name] = replace(TASKS["digits-unequal"], balance=balance)
 for name in ("digits-plain", "digits-long", "mnist-long", "omniglot"):
     for clip in CLIPS:
         TASKS[f"{name}-clip{clip}"] = replace(TASKS[name], clip=clip)
