@@ -7,7 +7,6 @@ authors trained; ``--recipe small`` a network for two cores.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import lsoftmax
@@ -53,9 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         metavar="RATIO",
         help="classes from 500 images (5000 of ten classes) to that many times fewer (all equal)",
     )
-    parser.add_argument(
-        "--by-class", action="store_true", help="lam's keep counts every class alike, not every row"
-    )
     args = parser.parse_args(arguments)
     args.device = device_of(args.device, parser)
     try:
@@ -65,11 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     except (MissingDataError, TooFewImagesError) as error:
         parser.error(str(error))
     setting = PAPER[args.augment] if args.recipe == "paper" else SETTINGS[args.recipe]
-    if args.by_class:
-        if args.recipe == "paper" and args.keep is None:
-            parser.error("--by-class: the authors' schedule goes by no angle without --keep")
-        schedule = partial(setting.schedule, num_classes=args.classes)
-        setting = replace(setting, schedule=schedule)
     augment = partial(move, flip=True) if args.augment else None
     return compare(args, data, setting, augment=augment, long_tail=args.long_tail)
 

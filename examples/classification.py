@@ -51,8 +51,8 @@ def compare(
     torch.backends.cudnn.deterministic = True
     setting = chosen(setting, args)
     data = data.to(args.device)
-    counts, test = [len(data.train_labels)], len(data.test_labels)
-    settings = describe(args, setting, counts, test=test)
+    size, test = (len(data.train_labels), data.classes), len(data.test_labels)
+    settings = describe(args, setting, [size], test=test)
     settings |= {"augment": augment is not None, "long_tail": long_tail}
     results = Results(args.output, settings)
     rare = (torch.bincount(data.train_labels, minlength=data.classes) < RARE).nonzero().squeeze(1)

@@ -42,6 +42,12 @@ class Setting:
     features: int  # D
     # From the number of steps, and maybe `keep` and `num_classes`.
     schedule: Callable[..., lsoftmax.LambdaSchedule]
+    by_class: bool = False  # whether `keep` counts every class alike
+
+    def annealing(self, images: int, classes: int) -> lsoftmax.LambdaSchedule:
+        """Of a training on that many images of that many classes."""
+        counted = {"num_classes": classes} if self.by_class else {}
+        return self.schedule(self.recipe.steps(images), **counted)
 
 
 def authors(gamma: float, power: float) -> Callable[..., lsoftmax.LambdaSchedule]:
@@ -50,13 +56,19 @@ def authors(gamma: float, power: float) -> Callable[..., lsoftmax.LambdaSchedule
 
 
 def chosen(setting: Setting, args: argparse.Namespace) -> Setting:
-    """The setting with what the command line says otherwise."""
+    """The setting with what the command line says otherwise.
+
+    Raises:
+        SystemExit: classes are to be counted by a schedule that goes by no angle.
+    """
     given = {name: getattr(args, name) for name in ("epochs", "clip", "balance")}
     given = {name: value for name, value in given.items() if value is not None}
     setting = replace(setting, recipe=replace(setting.recipe, **given))
     if args.keep is not None:
         setting = replace(setting, schedule=partial(setting.schedule, keep=args.keep))
-    return setting
+    if args.by_class and setting.schedule(1).keep is None:
+        raise SystemExit("--by-class: the authors' schedule goes by no angle without --keep")
+    return replace(setting, by_class=args.by_class)
 
 
 # ---- runs and their results ----------------------------------------------------------------------
@@ -167,7 +179,7 @@ def prepare(
     """A training that is about to begin: the same for every margin but for the loss itself."""
     torch.manual_seed(seed)
     network = setting.network(images, setting.features).to(images.device)
-    schedule = setting.schedule(setting.recipe.steps(len(labels)))
+    schedule = setting.annealing(len(labels), classes)
     weighted = setting.recipe.balance in (WEIGHTS, DEFERRED)
     weight = torch.ones(classes, device=labels.device) if weighted else None
     criterion = lsoftmax.LSoftmaxLoss(
@@ -199,21 +211,22 @@ def figures_of(training: Training) -> Row:
 
 
 def describe(
-    args: argparse.Namespace, setting: Setting, counts: Sequence[int], **data: float
+    args: argparse.Namespace, setting: Setting, sizes: Sequence[tuple[int, int]], **data: float
 ) -> dict[str, Any]:
     """The settings that results.json tells, which a resumed experiment must share.
 
-    ``counts``: images that each training has; where they differ so do the schedules.
+    ``sizes``: images and classes that each training has; where they differ so do the schedules.
     """
-    bounds = list(dict.fromkeys((min(counts), max(counts))))
-    schedules = [setting.schedule(setting.recipe.steps(count)).extra_repr() for count in bounds]
+    bounds = list(dict.fromkeys((min(sizes), max(sizes))))
+    schedules = [setting.annealing(*size).extra_repr() for size in bounds]
+    counts = [images for images, _ in bounds]
     return {
         "recipe": args.recipe,
         **asdict(setting.recipe),
         "features": setting.features,
         "schedule": " to ".join(dict.fromkeys(schedules)),
         "amp": args.amp,
-        "train": bounds[0] if len(bounds) == 1 else f"{bounds[0]} to {bounds[1]}",
+        "train": counts[0] if len(counts) == 1 else f"{counts[0]} to {counts[1]}",
         **data,
     }
 

@@ -97,6 +97,7 @@ def arguments_of(name: str, description: str, settings: Iterable[str]) -> argpar
     add("--clip", type=norm_of, help="the norm that gradients are cut down to (no clipping)")
     add("--balance", choices=WAYS, help="of classes of unequal size (none)")
     add("--keep", type=keep_of, help="of lam's schedule, instead of the recipe's")
+    add("--by-class", action="store_true", help="lam's keep counts classes, not rows, alike")
     add("--device", default=device, help="cpu, cuda, cuda:1 and so on (%(default)s)")
     add("--amp", action="store_true", help="autocast to bfloat16")
     add(

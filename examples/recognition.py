@@ -61,13 +61,14 @@ def compare(
     images, test_images = data.images.to(args.device), data.test_images.to(args.device)
     same, fold_of = data.pairs.same.numpy(), data.pairs.fold.numpy()
     tested_folds = [None] if folds is None else np.unique(fold_of).tolist()
-    counts = [len(known(data, fold, least)[0]) for fold in tested_folds]
-    if min(counts) == 0:
+    of_folds = [known(data, fold, least)[1] for fold in tested_folds]
+    if min(map(len, of_folds)) == 0:
         raise SystemExit(f"--least {least}: nobody has as many images")
-    sizes = {"pairs": len(same)} | ({} if folds is None else {"least": least})
+    sizes = [(len(labels), int(labels.max()) + 1) for labels in of_folds]
+    more = {"pairs": len(same)} | ({} if folds is None else {"least": least})
     if args.sample_rate < 1:
-        sizes["sample_rate"] = args.sample_rate
-    results = Results(args.output, describe(args, setting, counts, **sizes))
+        more["sample_rate"] = args.sample_rate
+    results = Results(args.output, describe(args, setting, sizes, **more))
 
     def train(run: Row, checkpoint: Path, after_epoch: Callable[[Log], object]) -> Row:
         trained_on, labels = known(data, run.get("fold"), least)

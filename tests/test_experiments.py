@@ -186,14 +186,14 @@ def test_omniglot(device, tmp_path, capsys):
     write_omniglot(tmp_path)
     output = tmp_path / "out"
     options = ["--data", str(tmp_path), "--margins", "1", "3", "--seeds", "1", "--epochs", "4"]
-    options += ["--keep", "0.25"]
+    options += ["--keep", "0.25", "--by-class"]
     rows = omniglot.main([*options, "--device", device, "--output", str(output)])
     assert [row["identities"] for row in rows] == [10, 10]
     assert all(row["accuracy"] > 80 and row["eer"] < 25 for row in rows)
     check_pictures(output, "roc.png", "training.png")
     assert "Ten folds" in capsys.readouterr().out
     settings = json.loads((output / "results.json").read_text())["settings"]
-    schedule = lsoftmax.LambdaSchedule.for_steps(4, keep=0.25)
+    schedule = lsoftmax.LambdaSchedule.for_steps(4, keep=0.25, num_classes=10)
     assert settings["schedule"] == schedule.extra_repr()
 
 
@@ -214,7 +214,7 @@ def test_lfw(device, tmp_path, monkeypatch, capsys):
     pairs = pairs_module.Pairs(columns[0], columns[1], columns[2].bool(), columns[3])
     known = pairs_module.Verification(faces, people, faces, people, pairs)
     monkeypatch.setattr(lfw, "lfw", lambda folder: known)
-    options = ["--margins", "1", "2", "--seeds", "1", "--folds", "2", "--epochs", "2"]
+    options = ["--margins", "1", "2", "--seeds", "1", "--folds", "2", "--epochs", "2", "--by-class"]
     output = tmp_path / "out"
     rows = lfw.main([*options, "--device", device, "--output", str(output)])
     assert [(row["fold"], row["margin"], row["identities"]) for row in rows] == [
@@ -230,8 +230,11 @@ def test_lfw(device, tmp_path, monkeypatch, capsys):
     check_pictures(output, "roc.png", "training.png")
     settings = json.loads((output / "results.json").read_text())["settings"]
     assert settings["train"] == "288 to 296"  # the tenth fold has three people
-    few, many = (lsoftmax.LambdaSchedule.for_steps(2 * (n // 128)) for n in (288, 296))
-    assert few.extra_repr() == many.extra_repr() == settings["schedule"]
+    schedules = [
+        lsoftmax.LambdaSchedule.for_steps(2 * (images // 128), num_classes=classes).extra_repr()
+        for images, classes in ((288, 36), (296, 37))
+    ]
+    assert settings["schedule"] == " to ".join(schedules)
     with pytest.raises(SystemExit, match="other settings"):
         lfw.main([*options, "--least", "3", "--output", str(output)])
     with pytest.raises(SystemExit, match="--least 9: nobody"):
@@ -239,10 +242,15 @@ def test_lfw(device, tmp_path, monkeypatch, capsys):
 
 
 def test_keep_of_the_authors_curve():
-    args = argparse.Namespace(epochs=None, clip=None, balance=None, keep=0.25)
-    schedule = experiment.chosen(cifar.PAPER[False], args).schedule(30_000)
-    expected = lsoftmax.LambdaSchedule(1000.0, 2e-5, 45.0, keep=0.25)
-    assert schedule.extra_repr() == expected.extra_repr()
+    given = {"epochs": None, "clip": None, "balance": None}
+    for by_class, counted in ((False, {}), (True, {"num_classes": 10})):
+        args = argparse.Namespace(keep=0.25, by_class=by_class, **given)
+        schedule = experiment.chosen(cifar.PAPER[False], args).annealing(50_000, 10)
+        expected = lsoftmax.LambdaSchedule(1000.0, 2e-5, 45.0, keep=0.25, **counted)
+        assert schedule.extra_repr() == expected.extra_repr()
+    args.keep = None
+    with pytest.raises(SystemExit, match="--by-class: the authors' schedule goes by no angle"):
+        experiment.chosen(cifar.PAPER[False], args)
 
 
 @pytest.mark.parametrize("keep", ["1", "-0.1", "half"])

@@ -212,11 +212,11 @@ def test_settings_of_trainings_that_differ():
     """Each fold has other images, and with them another number of steps."""
     parser = options.arguments_of("faces", "", ["default"])
     args = parser.parse_args([])
-    settings = experiment.describe(args, SETTING, [330, 300, 320], pairs=9)
+    settings = experiment.describe(args, SETTING, [(330, 7), (300, 9), (320, 8)], pairs=9)
     assert (settings["train"], settings["pairs"]) == ("300 to 330", 9)
     first, second = (SETTING.schedule(4 * (n // 32)).extra_repr() for n in (300, 330))
     assert settings["schedule"] == f"{first} to {second}"
-    alike = experiment.describe(args, SETTING, [300, 300])
+    alike = experiment.describe(args, SETTING, [(300, 9), (300, 9)])
     assert (alike["train"], alike["schedule"]) == (300, first)
 
 
