@@ -21,6 +21,8 @@ TORCH_LIBRARY_IMPL(lsoftmax, LSOFTMAX_DISPATCH_KEY, m) {
   m.impl("linear_bwd", &lsoftmax::linear_bwd);
   m.impl("upcoming_lam", &lsoftmax::upcoming_lam);
   m.impl("anneal_", &lsoftmax::anneal_);
+  m.impl("own_cosines", &lsoftmax::own_cosines);
+  m.impl("count_classes_", &lsoftmax::count_classes_);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.attr("torch_version") = TORCH_VERSION; }

@@ -57,4 +57,10 @@ void anneal_(const at::Tensor& steps, const at::Tensor& lam, const at::Tensor& s
              const std::optional<at::Tensor>& next_lam, const std::optional<at::Tensor>& cosine,
              int64_t margin, double keep, double memory);
 
+at::Tensor own_cosines(const at::Tensor& input, const at::Tensor& linear_weight,
+                       const at::Tensor& target, int64_t ignore_index);
+
+at::Tensor count_classes_(const at::Tensor& classes, const at::Tensor& cosines,
+                          const at::Tensor& target, double memory);
+
 }  // namespace lsoftmax

@@ -205,4 +205,35 @@ struct Anneal {
 // A training step's change of a schedule, in place.
 cudaError_t launch_anneal(const Anneal& params, cudaStream_t stream);
 
+template <typename T>
+struct OwnCosines {
+  const T* x;             // (N, D)
+  const T* w;             // (C, D)
+  const int64_t* target;  // (N,)
+  float* cosines;         // (N,): of x_i and w_y, 0 of a zero row, inf of an ignored one
+  int64_t n, d, c, ignore_index;
+};
+
+template <typename T>
+cudaError_t launch_own_cosines(const OwnCosines<T>& params, cudaStream_t stream);
+
+// Over some classes: of the running means, of those that ever came, and of those in the batch.
+struct ClassSums {
+  double mean, square, known, came;
+};
+
+struct ClassCosines {
+  float* classes;         // (2, C): the mean cosine and mean square of each class, -1 before any
+  const float* cosines;   // (N,), of OwnCosines
+  const int64_t* target;  // (N,); anything where the cosine is inf
+  int64_t* sums;       // (3, C), 0: of each class the rows, their cosines and squares, as integers
+  ClassSums* partial;  // (partials,)
+  float* low;          // (): the mean over classes less one deviation, inf without a row
+  int64_t n, c, partials;
+  double memory;  // of the running means, over the batches that a class is in
+};
+
+// A batch into the running means of its classes, in place, and what they say then.
+cudaError_t launch_class_cosines(const ClassCosines& params, cudaStream_t stream);
+
 }  // namespace lsoftmax

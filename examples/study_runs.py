@@ -148,7 +148,7 @@ class Runs:
         for run, (schedule, margin) in enumerate(zip(self.schedules, self.margins, strict=True)):
             cosine = low[run]
             if schedule.num_classes is not None:
-                cosine = schedule.take_in_classes(cosines[run], labels[run])
+                cosine = schedule.count_classes(cosines[run], labels[run])
             schedule.commit(self.lam[run])
             schedule.observe(cosine, margin)
         self.lam = self.upcoming()

@@ -205,7 +205,7 @@ class ClassParallelLSoftmaxLoss(_Annealed):
             if self.schedule.num_classes is None:
                 cosine = low_cosine(cosines, cosines != math.inf)
             else:
-                cosine = self.schedule.take_in_classes(cosines, targets.labels)
+                cosine = self.schedule.count_classes(cosines.float(), targets.labels)
             self.schedule.end_step(lam, cosine, self.margin)
             if self.sampling is not None:
                 self.sampling.advance()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, class_cosines, diagnostics, functional
+from . import checks, diagnostics, functional
 from .rows import NO_INDEX
 from .schedule import LambdaSchedule
 
@@ -19,6 +19,9 @@ def default_schedule() -> LambdaSchedule:
     the measured angle. ``LambdaSchedule.for_steps`` adds a curve for a known number of steps.
     """
     return LambdaSchedule.by_angle()
+
+
+_own_cosines_op = torch.ops.lsoftmax.own_cosines.default
 
 
 class _Annealed(nn.Module):
@@ -85,8 +88,9 @@ class _Annealed(nn.Module):
     ) -> None:
         """``schedule.end_step`` of a training forward, by the rows' ``cosine`` or the classes'."""
         if self.schedule.num_classes is not None:
-            rows = class_cosines.of_rows(input, class_vectors, target, ignore_index)
-            cosine = self.schedule.take_in_classes(rows, target)
+            w = class_vectors.detach()
+            x, y = functional.as_batch(input.detach().to(w.dtype), target)
+            cosine = self.schedule.count_classes(_own_cosines_op(x, w, y, ignore_index), y)
         self.schedule.end_step(lam, cosine, self.margin)
 
     def _is_training(self) -> bool:  # a step that runs again has been counted

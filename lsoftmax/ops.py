@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _extension, portable, portable_linear, portable_schedule
+from . import _extension, portable, portable_classes, portable_linear, portable_schedule
 from .margin import accumulate_type
 from .memory import free_memory
 from .rows import NONE
@@ -52,6 +52,12 @@ library.define(
 library.define(
     "anneal_(Tensor(a!) steps, Tensor(b!) lam, Tensor(c!) share, Tensor? next_lam, Tensor? cosine, "
     "int margin, float keep, float memory) -> ()"
+)
+library.define(
+    "own_cosines(Tensor input, Tensor linear_weight, Tensor target, int ignore_index) -> Tensor"
+)
+library.define(
+    "count_classes_(Tensor(a!) classes, Tensor cosines, Tensor target, float memory) -> Tensor"
 )
 
 
@@ -98,6 +104,8 @@ register_portable("loss_bwd", portable.loss_bwd)
 register_portable("loss_and_gradients", portable.loss_and_gradients)
 register_portable("linear_fwd", portable_linear.linear_fwd)
 register_portable("linear_bwd", portable_linear.linear_bwd)
+register_portable("own_cosines", portable_classes.own_cosines)
+library.impl("count_classes_", portable_classes.count_classes_, "CompositeExplicitAutograd")
 library.impl("upcoming_lam", portable_schedule.upcoming_lam, "CompositeExplicitAutograd")
 library.impl("anneal_", portable_schedule.anneal_, "CompositeExplicitAutograd")
 
@@ -210,3 +218,15 @@ def _upcoming_lam_fake(steps: Tensor, share: Tensor, *curve: float) -> Tensor:
 @torch.library.register_fake("lsoftmax::anneal_", lib=library)
 def _anneal_fake(steps: Tensor, lam: Tensor, share: Tensor, *rest: Any) -> None:
     pass
+
+
+@torch.library.register_fake("lsoftmax::own_cosines", lib=library)
+def _own_cosines_fake(
+    input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int
+) -> Tensor:
+    return input.new_empty([input.shape[0]], dtype=torch.float32)
+
+
+@torch.library.register_fake("lsoftmax::count_classes_", lib=library)
+def _count_classes_fake(classes: Tensor, cosines: Tensor, target: Tensor, memory: float) -> Tensor:
+    return classes.new_empty([])

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import class_cosines
 from . import ops as ops  # defines what follows
 from .checks import (
     check_device,
@@ -25,11 +24,13 @@ __all__ = ["LambdaSchedule"]
 
 _upcoming_op = torch.ops.lsoftmax.upcoming_lam.default
 _anneal_op = torch.ops.lsoftmax.anneal_.default
+_count_classes_op = torch.ops.lsoftmax.count_classes_.default
 
 # Settled by docs/training.md. lam at the start, where every margin is plain softmax; what `keep` is
 # unless given; and of for_steps the curve's power and the share of the steps that it falls in.
 _BASE, _KEEP, _POWER, _FRACTION = 1000.0, 0.5, 4.0, 0.3
 _MEMORY = 0.9  # of the running mean over batches
+_CLASS_MEMORY = 0.7  # of a class's running means, over the batches that it is in
 
 
 class LambdaSchedule(ScheduleState):
@@ -240,11 +241,14 @@ class LambdaSchedule(ScheduleState):
             )
         return self.upcoming() if self.auto_step else self.lam
 
-    def take_in_classes(self, cosines: Tensor, target: Tensor) -> Tensor:
-        """The rows of a batch into the running means of their classes, with ``num_classes``, as
-        ``class_cosines.take_in`` does; the cosine for :meth:`end_step`.
+    def count_classes(self, cosines: Tensor, target: Tensor) -> Tensor:
+        """The rows of a batch into the running means of their classes, with ``num_classes``; the
+        cosine for :meth:`end_step`. Arguments are those of ``portable_classes.count_classes_``.
         """
-        return class_cosines.take_in(self.class_cosines, cosines, target)
+        low = _count_classes_op(self.class_cosines, cosines, target, _CLASS_MEMORY)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(self.class_cosines)
+        return low
 
     def end_step(self, lam: Tensor, cosine: Tensor, margin: int) -> None:
         """:meth:`commit` (with ``auto_step``) and :meth:`observe` of a training forward, in one."""

@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import class_cosines
 from .checks import check_number, is_transformed
+
+
+def no_cosines(num_classes: int, device: torch.device | None) -> Tensor:
+    """(2, C): of each class the mean cosine and mean square, of which -1 says that none came."""
+    start = torch.tensor([[0.0], [-1.0]], dtype=torch.float32, device=device)
+    return start.repeat(1, num_classes)
 
 
 class ScheduleState(nn.Module):
@@ -53,7 +58,7 @@ class ScheduleState(nn.Module):
             "share": torch.full((), share, dtype=torch.float32, device=device),
         }
         if self.num_classes is not None:
-            buffers["class_cosines"] = class_cosines.beginning(self.num_classes, device)
+            buffers["class_cosines"] = no_cosines(self.num_classes, device)
         return buffers
 
     def begin(self) -> None:
@@ -126,7 +131,7 @@ class ScheduleState(nn.Module):
         elif given:
             state_dict.setdefault(prefix + "share", 1 / (1 + state_dict[prefix + "lam"]))
             if self.num_classes is not None:
-                begun = class_cosines.beginning(self.num_classes, state_dict[prefix + "lam"].device)
+                begun = no_cosines(self.num_classes, state_dict[prefix + "lam"].device)
                 state_dict.setdefault(prefix + "class_cosines", begun)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("assign_to_params_buffers"):  # into a layer made on the meta device

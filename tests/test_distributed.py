@@ -113,6 +113,7 @@ def test_processes_together_on_the_kernels(
         pytest.skip("only the emulation has kernels for the CPU tensors of several processes")
     checks = (*EVERYWHERE, *(f"distributed_checks:{name}" for name in ("no_rows", "twice")))
     checks += ("distributed_checks:float32_and_bfloat16",)
+    checks += ("distributed_layer_checks:counted_classes",)
     results = launch(3, checks, tmp_path, request.config.getoption("--seed"), emulated=True)
     assert results == [dict.fromkeys(checks, "passed")] * 3
 

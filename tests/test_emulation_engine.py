@@ -15,6 +15,7 @@ from torch import Tensor
 
 from chunks import fixed_arguments, run
 from emulation import build
+from lsoftmax import LambdaSchedule, LSoftmaxLoss
 from problems import Problem, problem
 
 
@@ -91,6 +92,15 @@ def test_launches_of_a_shard(engine: ctypes.CDLL) -> None:
         ):
             work = lambda c=chunk, n=needs: backward_of_a_shard(p, *saved, c, *n)  # noqa: E731
             assert launches(engine, work) == count
+
+
+def test_launches_of_annealing(engine: ctypes.CDLL) -> None:
+    """Beside the loss's two the next lam and the step; four more where classes count alike."""
+    x, y = torch.randn(5, 8), torch.tensor([0, 1, 2, 2, -100])
+    for counted, count in ((None, 4), (9000, 8)):
+        schedule = LambdaSchedule.by_angle(num_classes=counted)
+        head = LSoftmaxLoss(8, 9000, lam=schedule)
+        assert launches(engine, lambda head=head: head(x, y)) == count
 
 
 # ---- bytes ---------------------------------------------------------------------------------------

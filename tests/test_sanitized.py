@@ -25,7 +25,7 @@ SELECTED = (
 )
 FILES = ["test_loss.py", "test_edges.py", "test_linear.py", "test_errors.py"]
 FILES += ["test_chunks.py", "test_distributed_ops.py", "test_annealing_ops.py"]
-FILES += ["test_fused_forward.py"]
+FILES += ["test_fused_forward.py", "test_class_cosines.py"]
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ def planted(fault: Fault, root: Path = ROOT) -> str:
 
 def all_faults() -> list[Fault]:
     """Every fault, those of one file next to each other: its object is then built once a fault."""
-    from . import annealing, engine, kernels, layers, portable, shards
+    from . import annealing, classes, engine, kernels, layers, portable, shards
 
-    modules = (kernels, engine, portable, shards, annealing, layers)
+    modules = (kernels, engine, portable, shards, annealing, classes, layers)
     faults = [fault for module in modules for fault in module.FAULTS]
     return sorted(faults, key=lambda fault: (fault.backend, fault.file))

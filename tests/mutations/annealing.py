@@ -6,7 +6,6 @@ from .kernels import kernel
 from .portable import portable
 
 RESUMED = "test_schedule.py::test_a_resumed_schedule_goes_on_bit_for_bit"
-CLASSES = "test_class_cosines.py::test_running_means"
 
 FAULTS = [
     portable(
@@ -108,58 +107,6 @@ FAULTS = [
         "low = mean",
         "test_schedule.py::test_layers_measure_their_own_batch",
         "test_annealing_ops.py::test_low_cosine",
-    ),
-    portable(
-        "annealing by class: a class that has not come counts",
-        "class_cosines.py",
-        "known = (classes[1] >= 0).sum()",
-        "known = classes.shape[1]",
-        CLASSES,
-    ),
-    portable(
-        "annealing by class: the first batch is taken in like any other",
-        "class_cosines.py",
-        "torch.where(old[1] < 0, 1.0, 1 - _MEMORY)",
-        "1 - _MEMORY",
-        CLASSES,
-    ),
-    portable(
-        "annealing by class: a class without rows in a batch is NaN",
-        "class_cosines.py",
-        "torch.where(count > 0, old + rate * (means - old), old)",
-        "old + rate * (means - old)",
-        CLASSES,
-        "test_class_cosines.py::test_ignored_rows",
-    ),
-    portable(
-        "annealing by class: ignored rows are of class 0",
-        "class_cosines.py",
-        "torch.stack([kept.to(cosines.dtype), cosines,",
-        "torch.stack([torch.ones_like(cosines), cosines,",
-        CLASSES,
-    ),
-    portable(
-        "annealing by class: sums in floating point, in the order of the rows",
-        "class_cosines.py",
-        "exact = (moments.double() * _ONE).round().long()\n"
-        "    sums = label.new_zeros(3, classes.shape[1]).index_add_(1, label, exact)",
-        "exact = moments.double() * _ONE\n"
-        "    sums = exact.new_zeros(3, classes.shape[1]).index_add_(1, label, exact)",
-        "test_class_cosines.py::test_order_of_the_rows",
-    ),
-    portable(
-        "annealing by class: by the mean, as if no class were harder",
-        "class_cosines.py",
-        "low = mean - (square - mean * mean).abs().sqrt()",
-        "low = mean",
-        CLASSES,
-    ),
-    portable(
-        "annealing by class: the layer goes by its rows",
-        "modules.py",
-        "            cosine = self.schedule.take_in_classes(rows, target)\n",
-        "            self.schedule.take_in_classes(rows, target)\n",
-        "test_class_cosines.py::test_layers_go_by_it",
     ),
     portable(
         "annealing: a step by hand is counted twice",

@@ -73,8 +73,8 @@ FAULTS = [
     parallel(
         "a row counts for its class as this process numbers it",
         "distributed.py",
-        "self.schedule.take_in_classes(cosines, targets.labels)",
-        "self.schedule.take_in_classes(cosines, targets.here.clamp(min=0))",
+        "count_classes(cosines.float(), targets.labels)",
+        "count_classes(cosines.float(), targets.here.clamp(min=0))",
         world(2, "distributed_layer_checks:counted_classes"),
     ),
     parallel(

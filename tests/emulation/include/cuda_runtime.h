@@ -105,4 +105,11 @@ inline int __all_sync(unsigned mask, int predicate, EMULATION_SITE) {
   return static_cast<int>(emulation::vote(emulation::WarpOp::kAll, mask, predicate, {file, line}));
 }
 
+// One thread runs at a time, and none is interrupted.
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  const unsigned long long old = *address;
+  *address = old + value;
+  return old;
+}
+
 #undef EMULATION_SITE

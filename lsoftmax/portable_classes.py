@@ -1,8 +1,8 @@
-"""An angle that counts every class alike, however many of the rows are of it.
+"""What annealing that counts every class alike goes by, in plain torch: the ops' portable side.
 
 In a long tail most classes are few of the rows: what a sixth of the rows exceed says nothing of
 them. Here each class has a running mean of its cosines and of their squares, and the mean and the
-deviation are those of the classes. Plain torch on every device, for it is no pass over N x C.
+deviation are those of the classes.
 """
 
 from __future__ import annotations
@@ -13,50 +13,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_MEMORY = 0.7  # of a class's running means, over the batches that it is in
 _ONE = 2.0**40  # a cosine of 1 as an integer: sums of integers have one result in any order
 
 
-def beginning(num_classes: int, device: torch.device | None) -> Tensor:
-    """(2, C) float32: of each class the mean cosine and the mean square, -1 before a first row."""
-    start = torch.tensor([[0.0], [-1.0]], dtype=torch.float32, device=device)
-    return start.repeat(1, num_classes)
-
-
-@torch.no_grad()
-def of_rows(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def own_cosines(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """(N,) float32: the cosine of each row and its class vector, inf in the ignored rows.
 
     Args:
-        input: (N, D) or (D,).
-        linear_weight: (C, D).
-        target: (N,) or (), int64.
+        input: (N, D).
+        linear_weight: (C, D), of the same type.
+        target: (N,), int64.
         ignore_index: of rows that do not count.
     """
-    label = target.reshape(-1)
-    kept = label != ignore_index
-    own = linear_weight[torch.where(kept, label, 0)].float()
-    cosines = F.cosine_similarity(input.reshape(own.shape).float(), own, dim=1)
+    kept = target != ignore_index
+    own = linear_weight[torch.where(kept, target, 0)]
+    cosines = F.cosine_similarity(input.float(), own.float(), dim=1)
     return torch.where(kept, cosines, math.inf)
 
 
-@torch.no_grad()
-def take_in(classes: Tensor, cosines: Tensor, target: Tensor) -> Tensor:
+def count_classes_(classes: Tensor, cosines: Tensor, target: Tensor, memory: float) -> Tensor:
     """Take a batch into the running means of its classes, in place; what they say then.
 
     Args:
-        classes: (2, C) float32, see :func:`beginning`.
-        cosines: (N,), see :func:`of_rows`; NaN counts as 0.
-        target: (N,) or (), int64; it may be anything where the cosine is inf.
+        classes: (2, C) float32: of each class the mean cosine and the mean square, -1 before a
+            first row.
+        cosines: (N,) float32, see :func:`own_cosines`; NaN counts as 0.
+        target: (N,), int64; it may be anything where the cosine is inf.
+        memory: of a class's running means, over the batches that it is in.
 
     Returns:
         The mean over classes less one standard deviation, as ``rows.low_cosine`` is of rows: a
         0-dim float32 tensor, inf where the batch has no row.
     """
     kept = cosines != math.inf
-    label = torch.where(kept, target.reshape(-1), 0)
+    label = torch.where(kept, target, 0)
     cosines = torch.where(kept, cosines, 0.0).nan_to_num(0.0)
-    moments = torch.stack([kept.to(cosines.dtype), cosines, cosines * cosines])
+    moments = torch.stack([kept.float(), cosines, cosines * cosines])
     exact = (moments.double() * _ONE).round().long()
     sums = label.new_zeros(3, classes.shape[1]).index_add_(1, label, exact)
 
@@ -64,7 +56,7 @@ def take_in(classes: Tensor, cosines: Tensor, target: Tensor) -> Tensor:
     count, *totals = sums[:, label].double()
     means = (torch.stack(totals) / count).float()
     old = classes[:, label]
-    rate = torch.where(old[1] < 0, 1.0, 1 - _MEMORY)  # the first batch is all there is
+    rate = torch.where(old[1] < 0, 1.0, 1 - memory)  # the first batch is all there is
     new = torch.where(count > 0, old + rate * (means - old), old)
     classes.index_copy_(1, label, new)  # the same number from every row of a class
 
