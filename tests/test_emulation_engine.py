@@ -5,8 +5,10 @@ These run with ``--backend emulation``: elsewhere nothing counts, and nothing is
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,18 @@ def test_the_order_of_turns_does_not_matter_to_a_shard(engine: ctypes.CDLL) -> N
         with build.reversed_order(engine):
             again = both(chunk)
         assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+
+
+def test_the_order_of_turns_does_not_matter_to_annealing(engine: ctypes.CDLL) -> None:
+    """Where rows of one class are added up, and classes of several blocks."""
+    x, y = torch.randn(600, 8), torch.randint(3, (600,)) * 2000
+    first = LSoftmaxLoss(8, 5000, lam=LambdaSchedule.by_angle(num_classes=5000))
+    again = copy.deepcopy(first)
+    for head in (first, again):
+        with build.reversed_order(engine) if head is again else nullcontext():
+            head(x, y)
+    for ours, theirs in zip(first.schedule.buffers(), again.schedule.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # ---- more than 2^31 elements ---------------------------------------------------------------------
