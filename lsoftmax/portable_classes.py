@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, linalg
 
 _ONE = 2.0**40  # a cosine of 1 as an integer: sums of integers have one result in any order
 
 
 def own_cosines(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """(N,) float32: the cosine of each row and its class vector, inf in the ignored rows.
+    """(N,) float32: the cosine of each row and its class vector, 0 of a zero row, inf in the
+    ignored ones.
 
     Args:
         input: (N, D).
@@ -26,8 +26,10 @@ def own_cosines(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_ind
         ignore_index: of rows that do not count.
     """
     kept = target != ignore_index
-    own = linear_weight[torch.where(kept, target, 0)]
-    cosines = F.cosine_similarity(input.float(), own.float(), dim=1)
+    x = input.float()
+    own = linear_weight.index_select(0, torch.where(kept, target, 0)).float()
+    norms = linalg.vector_norm(x, dim=1) * linalg.vector_norm(own, dim=1)
+    cosines = torch.where(norms > 0, linalg.vecdot(x, own) / norms, 0.0)
     return torch.where(kept, cosines, math.inf)
 
 
