@@ -1,4 +1,4 @@
-// What annealing that counts every class alike goes by: lsoftmax/class_cosines.py's formulas.
+// What annealing that counts every class alike goes by: lsoftmax/portable_classes.py's formulas.
 
 #include <c10/macros/Macros.h>
 
@@ -9,7 +9,7 @@
 namespace lsoftmax {
 namespace {
 
-constexpr double kOne = 1099511627776.0;  // 2^40, as in class_cosines.py
+constexpr double kOne = 4294967296.0;  // 2^32, a cosine of 1 as an integer
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) own_cosines_kernel(OwnCosines<T> p) {
@@ -24,9 +24,12 @@ __global__ void __launch_bounds__(kMaxThreads) own_cosines_kernel(OwnCosines<T> 
 }
 
 // Integers, so that atomics in any order have one result. Two's complement adds as unsigned does.
-__device__ __forceinline__ void add_exactly(int64_t* sum, double moment) {
-  const auto exact = static_cast<unsigned long long>(llrint(moment * kOne));
-  atomicAdd(reinterpret_cast<unsigned long long*>(sum), exact);
+__device__ __forceinline__ void add_exactly(int64_t* sum, int64_t number) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(number));
+}
+
+__device__ __forceinline__ int64_t as_integer(float moment) {
+  return llrint(static_cast<double>(moment) * kOne);
 }
 
 __global__ void __launch_bounds__(kMaxThreads) sum_rows_kernel(ClassCosines p) {
@@ -39,8 +42,8 @@ __global__ void __launch_bounds__(kMaxThreads) sum_rows_kernel(ClassCosines p) {
   CUDA_KERNEL_ASSERT(y >= 0 && y < p.c);
   int64_t* const sums = p.sums + y;
   add_exactly(sums, 1);
-  add_exactly(sums + p.c, static_cast<double>(c));
-  add_exactly(sums + 2 * p.c, static_cast<double>(c * c));
+  add_exactly(sums + p.c, as_integer(c));
+  add_exactly(sums + 2 * p.c, as_integer(c * c));
 }
 
 struct AddClasses {
@@ -52,7 +55,7 @@ struct AddClasses {
 // The running means, each block those of some classes; and of these classes what is left to add.
 __global__ void __launch_bounds__(kMaxThreads) running_means_kernel(ClassCosines p) {
   const auto moved = [](float old, float rate, int64_t total, int64_t count) {
-    const double mean = static_cast<double>(total) / static_cast<double>(count);
+    const double mean = static_cast<double>(total) / (kOne * static_cast<double>(count));
     return old + rate * (static_cast<float>(mean) - old);
   };
   ClassSums sum{0, 0, 0, 0};

@@ -226,7 +226,7 @@ struct ClassCosines {
   float* classes;         // (2, C): the mean cosine and mean square of each class, -1 before any
   const float* cosines;   // (N,), of OwnCosines
   const int64_t* target;  // (N,); anything where the cosine is inf
-  int64_t* sums;       // (3, C), 0: of each class the rows, their cosines and squares, as integers
+  int64_t* sums;  // (3, C), 0: of each class its rows, and their cosines and squares as integers
   ClassSums* partial;  // (partials,)
   float* low;          // (): the mean over classes less one deviation, inf without a row
   int64_t n, c, partials;

@@ -217,9 +217,9 @@ def describe(
 
     ``sizes``: images and classes that each training has; where they differ so do the schedules.
     """
-    bounds = list(dict.fromkeys((min(sizes), max(sizes))))
+    bounds = min(sizes), max(sizes)
     schedules = [setting.annealing(*size).extra_repr() for size in bounds]
-    counts = [images for images, _ in bounds]
+    counts = list(dict.fromkeys(images for images, _ in bounds))
     return {
         "recipe": args.recipe,
         **asdict(setting.recipe),

@@ -124,7 +124,8 @@ class Training:
             self.optimizer.zero_grad()
             loss.backward()
             if self.recipe.clip is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters(), self.recipe.clip)
+                # Torch's own takes no class vectors of the distributed layer beside others.
+                lsoftmax.distributed.clip_grad_norm_(self.parameters(), self.recipe.clip)
             self.optimizer.step()
             self.scheduler.step()
             total += loss.detach()

@@ -202,11 +202,11 @@ class ClassParallelLSoftmaxLoss(_Annealed):
         )
         loss, cosines = class_parallel.loss(x, w, targets, lam, weight, smoothing, options)
         if trains:  # not before the loss was computed: a forward that raised is no training step
-            if self.schedule.num_classes is None:
-                cosine = low_cosine(cosines, cosines != math.inf)
-            else:
-                cosine = self.schedule.count_classes(cosines.float(), targets.labels)
-            self.schedule.end_step(lam, cosine, self.margin)
+            if self.schedule.num_classes is not None:
+                cosines = self.schedule.count_classes(cosines.float(), targets.labels)
+            elif options.measure:
+                cosines = low_cosine(cosines, cosines != math.inf)
+            self.schedule.end_step(lam, cosines, self.margin)
             if self.sampling is not None:
                 self.sampling.advance()
         if self.reduction == "none":

@@ -88,7 +88,9 @@ class _Annealed(nn.Module):
     ) -> None:
         """``schedule.end_step`` of a training forward, by the rows' ``cosine`` or the classes'."""
         if self.schedule.num_classes is not None:
-            w = class_vectors.detach()
+            w, counted = class_vectors.detach(), self.schedule.num_classes
+            if counted != w.shape[0]:  # a schedule that was exchanged later
+                raise ValueError(f"schedule.num_classes: expected {w.shape[0]}, got {counted}")
             x, y = functional.as_batch(input.detach().to(w.dtype), target)
             cosine = self.schedule.count_classes(_own_cosines_op(x, w, y, ignore_index), y)
         self.schedule.end_step(lam, cosine, self.margin)

@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor, linalg
 
-_ONE = 2.0**40  # a cosine of 1 as an integer: sums of integers have one result in any order
+# A cosine of 1 as an integer: sums of integers have one result in any order, these of up to 2^31
+# rows, and float32 has no more digits.
+_ONE = 2.0**32
 
 
 def own_cosines(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -26,11 +28,11 @@ def own_cosines(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_ind
         ignore_index: of rows that do not count.
     """
     kept = target != ignore_index
-    x = input.float()
-    own = linear_weight.index_select(0, torch.where(kept, target, 0)).float()
+    x = input.double()  # in which |x|^2 of a tiny or huge row stays in range
+    own = linear_weight.index_select(0, torch.where(kept, target, 0)).double()
     norms = linalg.vector_norm(x, dim=1) * linalg.vector_norm(own, dim=1)
     cosines = torch.where(norms > 0, linalg.vecdot(x, own) / norms, 0.0)
-    return torch.where(kept, cosines, math.inf)
+    return torch.where(kept, cosines, math.inf).float()
 
 
 def count_classes_(classes: Tensor, cosines: Tensor, target: Tensor, memory: float) -> Tensor:
@@ -50,15 +52,17 @@ def count_classes_(classes: Tensor, cosines: Tensor, target: Tensor, memory: flo
     kept = cosines != math.inf
     label = torch.where(kept, target, 0)
     cosines = torch.where(kept, cosines, 0.0).nan_to_num(0.0)
-    moments = torch.stack([kept.float(), cosines, cosines * cosines])
+    moments = torch.stack([cosines, cosines * cosines])
     exact = (moments.double() * _ONE).round().long()
-    sums = label.new_zeros(3, classes.shape[1]).index_add_(1, label, exact)
+    sums = label.new_zeros(3, classes.shape[1])
+    sums.index_add_(1, label, torch.cat([kept.long().unsqueeze(0), exact]))
 
     # Of each row's class, so that no more is as long as there are classes.
     count, *totals = sums[:, label].double()
-    means = (torch.stack(totals) / count).float()
+    means = (torch.stack(totals) / (_ONE * count)).float()
     old = classes[:, label]
-    rate = torch.where(old[1] < 0, 1.0, 1 - memory)  # the first batch is all there is
+    begun = (old[1] >= 0).float()  # else the batch is all there is
+    rate = 1 - memory * begun
     new = torch.where(count > 0, old + rate * (means - old), old)
     classes.index_copy_(1, label, new)  # the same number from every row of a class
 

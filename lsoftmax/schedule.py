@@ -113,7 +113,7 @@ class LambdaSchedule(ScheduleState):
         if num_classes is not None:
             num_classes = positive("num_classes", num_classes)
             if keep is None:
-                raise ValueError("num_classes: expected a keep with it, which goes by the classes")
+                raise ValueError("num_classes: expected a keep too, for that is what goes by them")
         self.base, self.gamma = float(base), float(gamma)
         self.power, self.minimum = float(power), float(minimum)
         self.keep = keep
@@ -245,7 +245,7 @@ class LambdaSchedule(ScheduleState):
         """The rows of a batch into the running means of their classes, with ``num_classes``; the
         cosine for :meth:`end_step`. Arguments are those of ``portable_classes.count_classes_``.
         """
-        low = _count_classes_op(self.class_cosines, cosines, target, _CLASS_MEMORY)
+        low = _count_classes_op(self.class_cosines, cosines.detach(), target, _CLASS_MEMORY)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(self.class_cosines)
         return low

@@ -30,7 +30,7 @@ class ScheduleState(nn.Module):
     power: float
     minimum: float
     keep: float | None
-    num_classes: int | None
+    num_classes: int | None = None  # also of one that was pickled before there was any
     _has_no_numbers = False  # since it was made on the meta device
 
     @property
@@ -93,6 +93,12 @@ class ScheduleState(nn.Module):
                 "reset_parameters(), in transformers from _init_weights (docs/ecosystem.md)"
             )
         self._has_no_numbers = False
+        if self.num_classes is not None:  # which the one that was saved may not have had
+            mean, square = self.class_cosines
+            none = (mean == 0) & (square == -1)
+            some = (mean.abs() < 1.01) & (square > 0) & (square < 1.01)
+            if not bool((none | some).all()):
+                self.class_cosines.copy_(no_cosines(self.num_classes, self.lam.device))
 
     def _apply(self, fn: Any, recurse: bool = True) -> ScheduleState:
         """Module.to(), half() and so on: the device changes, numbers keep their bits, in to_empty()

@@ -90,18 +90,23 @@ def test_goes_on_to_the_same_bits(device, way, epochs, tmp_path):
     assert begun().run(checkpoint=checkpoint).history == straight.history
 
 
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_clipped_gradients(device, clip):
-    """All gradients together. Red if the network's or the class vectors' are left out."""
-    begun = prepared(device, clip=clip)
+def test_clipped_gradients(device, clip, sample_rate):
+    """All gradients together. Red if the network's or the class vectors' are left out, or where
+    classes are sampled.
+    """
     norms: list[float] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
+        gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
 
-    begun.optimizer.register_step_pre_hook(note)
-    begun.run_epoch()
+    with sampled.group_of_one(torch.device(device)):
+        begun = prepared(device, sample_rate, clip=clip)
+        begun.optimizer.register_step_pre_hook(note)
+        begun.run_epoch()
     assert len(norms) == 400 // 32
     if clip is None:
         assert max(norms) > 0.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def rows(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Te
     target = torch.tensor([50.0, 9, 9, 3, 1, 1]).multinomial(max(n, 1), True)[:n]
     scale = 10 ** torch.randn(n, 1)
     return (scale * torch.randn(n, D)).to(dtype), torch.randn(C, D).to(dtype), target
+
+
+@pytest.fixture
+def wide_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Means:
@@ -63,6 +73,37 @@ def taken_in(state: Tensor, *batch: Tensor) -> Tensor:
     x, w, target = (tensor.to(state.device) for tensor in batch)
     cosines = ops.own_cosines(x, w, target, -100)
     return ops.count_classes_(state, cosines, target, 0.7)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-15, 1e15, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiny_and_huge_rows(size: float, dtype: torch.dtype, device: str) -> None:
+    """Whose squares no float32 holds."""
+    x, w = torch.randn(20, D), torch.randn(C, D)
+    y = torch.arange(20) % C
+    x = (size * x).to(dtype)
+    w = (size * w).to(dtype)
+    cosines = ops.own_cosines(x.to(device), w.to(device), y.to(device), -100).cpu()
+    truth = torch.cosine_similarity(x.double() / size, w[y].double() / size, dim=1)
+    torch.testing.assert_close(cosines.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("wide_default")
+def test_another_default_type(device: str) -> None:
+    state, expected = fresh(device), Means()
+    for n in (30, 5):
+        x, w, target = rows(n)
+        low = float(taken_in(state, x.float(), w.float(), target))
+        assert low == pytest.approx(expected.take_in(x, w, target), rel=1e-4, abs=1e-5)
+    assert state.dtype == torch.float32
+
+
+def test_a_batch_of_millions(device: str) -> None:
+    """All of one class, as the pixels of a few images are. Red if their sum has no room."""
+    n = 2**23 + 5
+    state, cosines = fresh(device), torch.ones(n, device=device)
+    ops.count_classes_(state, cosines, torch.zeros(n, dtype=torch.int64, device=device), 0.7)
+    assert state[:, 0].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +271,13 @@ def test_types_and_reset() -> None:
     assert torch.equal(head.schedule.class_cosines, before)
 
 
+def test_pickled_before_classes_were_counted() -> None:
+    head = LSoftmaxLoss(6, 5, margin=3, lam=held())
+    del head.schedule.num_classes
+    head(torch.randn(9, 6), torch.arange(9) % 5)
+    assert head.schedule.steps == 1
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -244,6 +292,30 @@ def test_what_does_not_fit() -> None:
     for layer in (LSoftmaxLoss, LSoftmaxLinear):
         with pytest.raises(ValueError, match=r"lam\.num_classes: expected 7, got 5"):
             head_of(layer, counted())
+
+
+def test_a_schedule_exchanged_for_one_of_other_classes() -> None:
+    head = head_of(LSoftmaxLoss, LambdaSchedule.by_angle())
+    head.schedule = counted()
+    with pytest.raises(ValueError, match=r"schedule\.num_classes: expected 7, got 5"):
+        head(*rows(4)[::2])
+
+
+def test_what_the_kernels_refuse(device: str, backend: str) -> None:
+    if backend == "portable":
+        pytest.skip("checks of the compiled ops")
+    state, cosines = fresh(device), torch.ones(3, device=device)
+    target = torch.arange(3, device=device)
+    for wrong, message in (
+        ((state.t().contiguous().t(), cosines, target), "classes: expected them contiguous"),
+        ((state[:1], cosines, target), r"classes: expected shape \[2, 7\]"),
+        ((state.double(), cosines, target), "classes: expected Float"),
+        ((state, cosines.double(), target), "cosines: expected Float"),
+        ((state, cosines, target[:2]), r"target: expected shape \[3\]"),
+        ((state, cosines, target.int()), "target: expected Long"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.count_classes_(*wrong, 0.7)
 
 
 def test_words() -> None:

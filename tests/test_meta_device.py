@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -151,6 +152,21 @@ def test_junk_for_numbers_is_refused(made, schedule) -> None:
         assert other.schedule.steps == int(training)
 
 
+@pytest.mark.parametrize("junk", [77, 0, math.nan])
+def test_junk_for_classes_that_were_not_counted(junk: float) -> None:
+    """A schedule that counted none is in the checkpoint: it goes on, and counting begins."""
+    head = trained(LSoftmaxLoss, held())
+    x, y = batch(head)
+    filled = {**head.state_dict(), "schedule.class_cosines": torch.full((2, 5), float(junk))}
+    other = assigned(under_meta(counted()), filled)
+    expected = LSoftmaxLoss(6, 5, margin=3, lam=counted())
+    expected.load_state_dict(head.state_dict())
+    for layer in (other, expected):
+        layer(x, y)
+    for name, number in expected.schedule.named_buffers():
+        assert torch.equal(getattr(other.schedule, name), number), name
+
+
 @pytest.mark.parametrize("schedule", [curve, held, counted, constant])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_made_empty_and_reset(layer: type, schedule) -> None:
@@ -166,8 +182,8 @@ def test_made_empty_and_reset(layer: type, schedule) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     fresh = schedule()
-    for name in ("steps", "lam", "share"):
-        assert torch.equal(getattr(head.schedule, name), getattr(fresh, name))
+    for name, number in fresh.named_buffers():
+        assert torch.equal(getattr(head.schedule, name), number)
     assert all(parameter.isfinite().all() for parameter in head.parameters())
 
 

@@ -218,6 +218,7 @@ def test_settings_of_trainings_that_differ():
     assert settings["schedule"] == f"{first} to {second}"
     alike = experiment.describe(args, SETTING, [(300, 9), (300, 9)])
     assert (alike["train"], alike["schedule"]) == (300, first)
+    assert experiment.describe(args, SETTING, [(300, 7), (300, 9)])["train"] == 300
 
 
 def test_files_that_are_none_of_ours_end_in_words(tmp_path):

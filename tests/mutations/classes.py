@@ -18,8 +18,8 @@ FAULTS = [
     portable(
         "annealing by class: the first batch is taken in like any other",
         "portable_classes.py",
-        "torch.where(old[1] < 0, 1.0, 1 - memory)",
-        "1 - memory",
+        "rate = 1 - memory * begun",
+        "rate = 1 - memory + 0 * begun",
         MEANS,
     ),
     portable(
@@ -33,17 +33,19 @@ FAULTS = [
     portable(
         "annealing by class: ignored rows are of class 0",
         "portable_classes.py",
-        "torch.stack([kept.float(), cosines,",
-        "torch.stack([torch.ones_like(cosines), cosines,",
+        "torch.cat([kept.long().unsqueeze(0), exact])",
+        "torch.cat([torch.ones_like(exact[:1]), exact])",
         MEANS,
     ),
     portable(
         "annealing by class: sums in float32, in the order of the rows",
         "portable_classes.py",
         "exact = (moments.double() * _ONE).round().long()\n"
-        "    sums = label.new_zeros(3, classes.shape[1]).index_add_(1, label, exact)",
+        "    sums = label.new_zeros(3, classes.shape[1])\n"
+        "    sums.index_add_(1, label, torch.cat([kept.long().unsqueeze(0), exact]))",
         "exact = moments * _ONE\n"
-        "    sums = exact.new_zeros(3, classes.shape[1]).index_add_(1, label, exact)",
+        "    sums = exact.new_zeros(3, classes.shape[1])\n"
+        "    sums.index_add_(1, label, torch.cat([kept.float().unsqueeze(0), exact]))",
         "test_class_cosines.py::test_order_of_the_rows",
     ),
     portable(
