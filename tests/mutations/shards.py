@@ -65,8 +65,8 @@ FAULTS = [
     parallel(
         "annealing goes by the mean cosine, as if no row were harder",
         "distributed.py",
-        "cosine = low_cosine(cosines, cosines != math.inf)",
-        "cosine = cosines[cosines != math.inf].mean().float()",
+        "cosines = low_cosine(cosines, cosines != math.inf)",
+        "cosines = cosines[cosines != math.inf].mean().float()",
         world(2, "distributed_checks:ignored_rows"),
         world(2, "distributed_training_checks:data_parallel"),
     ),
