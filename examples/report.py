@@ -94,6 +94,7 @@ VARIANTS = {
         "deferred": "*in the last fifth*",
         "deferred-by-class": "*and keep by class*",
     },
+    "counted": {"counted": "*keep by class*"},
     "sampled": {"sample0.5": "*half of the classes a step*", "sample0.2": "*a fifth*"},
 }
 
