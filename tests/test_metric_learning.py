@@ -259,3 +259,17 @@ def test_only_this_module_imports_the_library(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)  # as if not installed
     with pytest.raises(ModuleNotFoundError, match="pip install pytorch-metric-learning"):
         importlib.import_module("lsoftmax.metric_learning")
+
+
+def test_counts_classes_as_the_layer_does() -> None:
+    """W lies the other way round there. Red if the rows' angle is what counts."""
+    schedules = [LambdaSchedule.by_angle(num_classes=C) for _ in range(2)]
+    ours = LargeMarginSoftmaxLoss(C, D, margin=3, lam=schedules[0])
+    layer = lsoftmax.LSoftmaxLoss(D, C, margin=3, lam=schedules[1])
+    layer.linear.weight.data.copy_(ours.W.detach().t())
+    x, y = batch()
+    for _ in range(2):
+        ours(x.float(), y)
+        layer(x.float(), y)
+    for name, number in layer.schedule.named_buffers():
+        torch.testing.assert_close(getattr(ours.schedule, name), number)
